@@ -1,0 +1,117 @@
+"""A batch of clips: three sequences of features each, their lengths, and what is known of them.
+
+The order of the modalities is language, visual, acoustic (L, V, A), everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("language", "visual", "acoustic")
+
+T = TypeVar("T")
+
+
+class PerModality(NamedTuple, Generic[T]):
+    """Three things, one a modality: by name (`x.visual`), by index (`x[1]`), or unpacked."""
+
+    language: T
+    visual: T
+    acoustic: T
+
+
+def padding_mask(lengths: Tensor, steps: int) -> Tensor:
+    """Lengths (B,) -> mask (B, steps), true at the valid steps: the first `length` of each row."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+@dataclass
+class Batch:
+    """B clips, padded on the right.
+
+    language, visual, acoustic: features (B, T_m, D_m).
+    lengths: (B, 3) integers, the valid steps of each modality, at least 1; None: all T_m.
+    label: (B,) sentiment scores, or None where they are not known.
+    ids: B names, or None.
+    Raises ValueError where the parts do not fit together.
+    """
+
+    language: Tensor
+    visual: Tensor
+    acoustic: Tensor
+    lengths: Tensor | None = None
+    label: Tensor | None = None
+    ids: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, x in zip(MODALITIES, self.features, strict=True):
+            if x.dim() != 3:
+                raise ValueError(
+                    f"{name}: expected shape (clips, steps, width), got {tuple(x.shape)}"
+                )
+            if len(x) != len(self):
+                raise ValueError(f"{name} has {len(x)} clips, but language has {len(self)}")
+            if x.shape[1] == 0:
+                raise ValueError(f"{name} has no time steps")
+        if self.lengths is None:
+            steps = [x.shape[1] for x in self.features]
+            self.lengths = torch.tensor([steps], device=self.language.device).expand(len(self), 3)
+        if self.lengths.shape != (len(self), 3) or self.lengths.is_floating_point():
+            raise ValueError(
+                f"lengths: expected integers of shape ({len(self)}, 3), "
+                f"got {self.lengths.dtype} {tuple(self.lengths.shape)}"
+            )
+        if self.label is not None and self.label.shape != (len(self),):
+            raise ValueError(f"label: expected shape ({len(self)},), got {tuple(self.label.shape)}")
+        if self.ids is not None and len(self.ids) != len(self):
+            raise ValueError(f"ids: expected {len(self)} names, got {len(self.ids)}")
+        if not self.lengths.is_cuda:  # on a GPU the comparison would wait for the device
+            for m, name in enumerate(MODALITIES):
+                steps = self.features[m].shape[1]
+                wrong = (self.lengths[:, m] < 1) | (self.lengths[:, m] > steps)
+                if wrong.any():
+                    clip = int(wrong.nonzero()[0])
+                    raise ValueError(
+                        f"lengths: clip {clip} says {int(self.lengths[clip, m])} {name} steps, "
+                        f"but it must have between 1 and {steps}"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.language)
+
+    @property
+    def features(self) -> PerModality[Tensor]:
+        """The three feature tensors, in the order L, V, A."""
+        return PerModality(self.language, self.visual, self.acoustic)
+
+    @property
+    def masks(self) -> PerModality[Tensor]:
+        """For each modality a mask (B, T_m), true at the valid steps."""
+        assert self.lengths is not None  # set in __post_init__
+        return PerModality(
+            *(padding_mask(self.lengths[:, m], x.shape[1]) for m, x in enumerate(self.features))
+        )
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Self:
+        """The clips at `index`, as a batch."""
+        assert self.lengths is not None  # set in __post_init__
+        if not isinstance(index, slice | Tensor):
+            index = torch.as_tensor(index, dtype=torch.long)
+        ids = None
+        if self.ids is not None:
+            rows = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+            if isinstance(index, Tensor) and index.dtype == torch.bool:
+                rows = index.nonzero()[:, 0].tolist()
+            ids = [self.ids[i] for i in rows]
+        label = None if self.label is None else self.label[index]
+        return type(self)(*(x[index] for x in self.features), self.lengths[index], label, ids)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same clips on another device."""
+        label = None if self.label is None else self.label.to(device)
+        assert self.lengths is not None  # set in __post_init__
+        features = (x.to(device) for x in self.features)
+        return type(self)(*features, self.lengths.to(device), label, self.ids)

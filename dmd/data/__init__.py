@@ -1,0 +1,32 @@
+"""Datasets: one loader a format, and `load`, which finds the loader by name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from dmd.config import nearest
+from dmd.data.dataset import Dataset, Splits
+
+LOADERS: dict[str, Callable[..., Splits]] = {}
+
+
+def load(name: str, **options: Any) -> Splits:
+    """The splits of the dataset called `name`; the options are those of its loader.
+
+    Raises ValueError for an unknown name or option (naming the nearest known one) and for
+    broken content, OSError for a file that can't be read, each with one sentence that says what
+    to do.
+    """
+    if name not in LOADERS:
+        raise ValueError(nearest(name, LOADERS, "dataset"))
+    known = inspect.signature(LOADERS[name]).parameters
+    for key in options:
+        if key not in known:
+            raise ValueError(nearest(key, known, f"option of dataset {name!r}"))
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise ValueError(f"dataset {name!r} needs the option {key}=...")
+    return LOADERS[name](**options)
+
+
+__all__ = ["LOADERS", "Dataset", "Splits", "load"]
