@@ -102,16 +102,24 @@ class Batch:
             index = torch.as_tensor(index, dtype=torch.long)
         ids = None
         if self.ids is not None:
-            rows = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-            if isinstance(index, Tensor) and index.dtype == torch.bool:
-                rows = index.nonzero()[:, 0].tolist()
-            ids = [self.ids[i] for i in rows]
-        label = None if self.label is None else self.label[index]
-        return type(self)(*(x[index] for x in self.features), self.lengths[index], label, ids)
+            ids = [self.ids[i] for i in torch.arange(len(self))[index].tolist()]
+        return type(self)(
+            language=self.language[index],
+            visual=self.visual[index],
+            acoustic=self.acoustic[index],
+            lengths=self.lengths[index],
+            label=None if self.label is None else self.label[index],
+            ids=ids,
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The same clips on another device."""
-        label = None if self.label is None else self.label.to(device)
         assert self.lengths is not None  # set in __post_init__
-        features = (x.to(device) for x in self.features)
-        return type(self)(*features, self.lengths.to(device), label, self.ids)
+        return type(self)(
+            language=self.language.to(device),
+            visual=self.visual.to(device),
+            acoustic=self.acoustic.to(device),
+            lengths=self.lengths.to(device),
+            label=None if self.label is None else self.label.to(device),
+            ids=self.ids,
+        )

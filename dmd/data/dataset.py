@@ -108,8 +108,8 @@ class Splits:
         for split in self:
             if split.widths != self.train.widths:
                 raise ValueError(
-                    f"the {split.name} split has widths {split.widths} (language, visual, acoustic), "
-                    f"but the {self.train.name} split has {self.train.widths}"
+                    f"the {split.name} split has widths {split.widths} (language, visual, "
+                    f"acoustic), but the {self.train.name} split has {self.train.widths}"
                 )
 
     def __iter__(self) -> Iterator[Dataset]:
@@ -129,7 +129,7 @@ class Splits:
         return language, visual, acoustic
 
     def fingerprint(self) -> str:
-        """SHA-256 over every feature, length and label: two datasets are the same or they differ."""
+        """SHA-256 over every feature, length and label, to tell whether two datasets are one."""
         digest = hashlib.sha256()
         for split in self:
             assert split.clips.lengths is not None  # set by Batch
