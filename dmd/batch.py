@@ -57,8 +57,8 @@ class Batch:
             if x.shape[1] == 0:
                 raise ValueError(f"{name} has no time steps")
         if self.lengths is None:
-            steps = [x.shape[1] for x in self.features]
-            self.lengths = torch.tensor([steps], device=self.language.device).expand(len(self), 3)
+            full = torch.tensor([[x.shape[1] for x in self.features]])
+            self.lengths = full.to(self.language.device).expand(len(self), 3)
         if self.lengths.shape != (len(self), 3) or self.lengths.is_floating_point():
             raise ValueError(
                 f"lengths: expected integers of shape ({len(self)}, 3), "

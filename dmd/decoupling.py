@@ -1,0 +1,67 @@
+"""Decoupling each modality into a common and a private part, and back (Sec. 3.1, Eqs. 1-3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, cat, nn
+
+from dmd.batch import PerModality
+
+
+@dataclass
+class Decoupled:
+    """The parts of one batch; each field holds a tensor (B, T_m, d) a modality."""
+
+    common: PerModality[Tensor]
+    private: PerModality[Tensor]
+    reconstructed: PerModality[Tensor]
+    private_again: PerModality[Tensor]
+
+
+class ShallowEncoder(nn.Module):
+    """A temporal convolution that brings one modality to the width d and keeps its length T.
+
+    width: input features D_m; dim: output features d; kernel: steps under the convolution.
+    """
+
+    def __init__(self, width: int, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(width, dim, kernel, padding="same", bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Features (B, T, D_m), mask (B, T) -> shallow features (B, T, d), zero where padded."""
+        hidden = ~mask[:, :, None]
+        x = x.masked_fill(hidden, 0.0)  # else padding would reach valid steps through the kernel
+        return self.convolution(x.transpose(1, 2)).transpose(1, 2).masked_fill(hidden, 0.0)
+
+
+class Decoupling(nn.Module):
+    """One shared encoder, and a private encoder and decoder a modality (Eq. 1).
+
+    All of them are linear maps of one time step. Without a bias they leave padded steps zero.
+    """
+
+    def __init__(self, dim: int, modalities: int = 3) -> None:
+        super().__init__()
+        self.common_encoder = nn.Linear(dim, dim, bias=False)
+        self.private_encoders = nn.ModuleList(
+            nn.Linear(dim, dim, bias=False) for _ in range(modalities)
+        )
+        self.decoders = nn.ModuleList(
+            nn.Linear(2 * dim, dim, bias=False) for _ in range(modalities)
+        )
+
+    def forward(self, shallow: Sequence[Tensor]) -> Decoupled:
+        """Shallow features, (B, T_m, d) a modality -> their parts and the way back (Eqs. 1-3)."""
+        common, private, reconstructed, private_again = [], [], [], []
+        for x, encode, decode in zip(shallow, self.private_encoders, self.decoders, strict=True):
+            common.append(self.common_encoder(x))
+            private.append(encode(x))
+            reconstructed.append(decode(cat([common[-1], private[-1]], dim=-1)))
+            private_again.append(encode(reconstructed[-1]))
+        return Decoupled(
+            PerModality(*common),
+            PerModality(*private),
+            PerModality(*reconstructed),
+            PerModality(*private_again),
+        )
