@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dmd.config import nearest
+from dmd.data import mosi_utterances
 from dmd.data.dataset import Dataset, Splits
 
-LOADERS: dict[str, Callable[..., Splits]] = {}
+LOADERS: dict[str, Callable[..., Splits]] = {
+    "mosi_utterances": mosi_utterances.load,
+}
 
 
 def load(name: str, **options: Any) -> Splits:
