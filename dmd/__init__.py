@@ -2,10 +2,13 @@
 
 from dmd import data, losses
 from dmd.batch import MODALITIES, Batch, PerModality
+from dmd.checkpoint import load_model
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.graph import GDUnit, GraphOutput
 from dmd.losses import LossTerms, objective
+from dmd.metrics import evaluate
 from dmd.model import DMD, Output
+from dmd.trainer import History, Trainer, seed_everything
 
 __all__ = [
     "DMD",
@@ -13,13 +16,18 @@ __all__ = [
     "Batch",
     "GDUnit",
     "GraphOutput",
+    "History",
     "LossConfig",
     "LossTerms",
     "ModelConfig",
     "Output",
     "PerModality",
     "TrainConfig",
+    "Trainer",
     "data",
+    "evaluate",
+    "load_model",
     "losses",
     "objective",
+    "seed_everything",
 ]

@@ -68,7 +68,7 @@ class MultiheadAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def weights(self, target: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """The attention weights (B, heads, T_q, T_k) that `forward` averages with; rows sum to 1."""
+        """The weights (B, heads, T_q, T_k) with which `forward` averages; each row sums to 1."""
         q = self.query(target).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.key_value(source).chunk(2, dim=-1)[0]
         k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)

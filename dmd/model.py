@@ -75,12 +75,8 @@ class DMD(nn.Module):
                         self.crossmodal[f"{source}_to_{target}"] = self._encoder(dim, dropout)
                 self.memory[target] = self._encoder(2 * dim, config.attention_dropout[0])
         private_dim = 2 * dim if config.crossmodal_attention else dim
-        unit = {
-            "stop_teacher_gradient": config.stop_teacher_gradient,
-            "edge_temperature": config.edge_temperature,
-        }
-        self.homo = GDUnit(dim, **unit, distil=config.homo_distillation)
-        self.hetero = GDUnit(private_dim, **unit, distil=config.hetero_distillation)
+        self.homo = self._unit(dim, config.homo_distillation)
+        self.hetero = self._unit(private_dim, config.hetero_distillation)
         self.fusion = AdaptiveFusion([3 * dim, *[private_dim] * 3], config.output_dropout)
         self.pool = {"mean": masked_mean, "last": last_valid}[config.pooling]
 
@@ -95,13 +91,20 @@ class DMD(nn.Module):
             config.causal_mask,
         )
 
+    def _unit(self, dim: int, distil: bool) -> GDUnit:
+        config = self.config
+        return GDUnit(
+            dim, len(MODALITIES), config.stop_teacher_gradient, config.edge_temperature, distil
+        )
+
     def check(self, batch: Batch) -> None:
         """Refuse a batch that the model was not built for, with a ValueError that says why."""
         for m, (name, x) in enumerate(zip(MODALITIES, batch.features, strict=True)):
             width, steps = self.config.widths[m], self.config.lengths[m]
             if x.shape[2] != width:
                 raise ValueError(
-                    f"the {name} features are {x.shape[2]} wide, but the model was built for {width}"
+                    f"the {name} features are {x.shape[2]} wide, "
+                    f"but the model was built for {width}"
                 )
             if x.shape[1] > steps:
                 raise ValueError(
