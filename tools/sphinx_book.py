@@ -1,0 +1,64 @@
+"""What the book's build needs beyond its configuration: docstrings as written, and build facts."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+LIBRARIES = ("torch", "numpy", "matplotlib", "jupyter-book", "sphinx", "ipykernel", "jupytext")
+
+
+def as_written(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Show a docstring line by line: docstrings are written for `help()`, not as markup."""
+    if lines:
+        lines[:] = [".. code-block:: none", "   :class: docstring", ""] + [
+            f"   {line}" for line in lines
+        ]
+
+
+def processor() -> str:
+    """The name of the processor, as the operating system gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def facts() -> list[tuple[str, str]]:
+    """When, on what and with which versions this build runs."""
+    return [
+        ("Built", datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")),
+        ("Machine", f"{processor()}, {os.cpu_count()} logical processors, no GPU used"),
+        ("System", f"{platform.system()} {platform.machine()}"),
+        ("Python", platform.python_version()),
+        *((name, version(name)) for name in LIBRARIES),
+    ]
+
+
+class BuildFacts(SphinxDirective):
+    """A table of the facts of this build."""
+
+    def run(self) -> list[nodes.Node]:
+        """Lay the facts out as a table of two columns."""
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=w) for w in (30, 70)), cols=2)
+        body = nodes.tbody()
+        for row in facts():
+            body += nodes.row("", *(nodes.entry("", nodes.paragraph(text=text)) for text in row))
+        group += body
+        return [nodes.table("", group, classes=["colwidths-auto"])]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register both with Sphinx."""
+    app.connect("autodoc-process-docstring", as_written)
+    app.add_directive("build-facts", BuildFacts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
