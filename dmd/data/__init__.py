@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dmd.config import nearest
-from dmd.data import mosi_utterances
+from dmd.data import mosi_utterances, synthetic
 from dmd.data.dataset import Dataset, Splits
 
 LOADERS: dict[str, Callable[..., Splits]] = {
+    "synthetic": synthetic.load,
     "mosi_utterances": mosi_utterances.load,
 }
 
