@@ -40,7 +40,7 @@ test: lint types pairs tests chapters
 $(VENV)/installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: '$(PYTHON)' is not Python 3.11 or newer: name one that is, as in" \
-	    "'make PYTHON=python3.12 book'"; exit 1; }
+	    "'make PYTHON=python3.12 book'" >&2; exit 1; }
 	$(call step,venv,$(PYTHON) -m venv $(VENV))
 	$(call step,torch,$(BIN)/pip install --quiet -c constraints.txt setuptools wheel $(TORCH))
 	$(call step,everything else,$(BIN)/pip install --quiet -c constraints.txt \

@@ -5,7 +5,6 @@ outputs. They are compared by content: times of modification mean nothing in a f
 """
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -133,7 +132,7 @@ def _differ(md: Path, ipynb: Path) -> bool:
 
 
 def _canonical(notebook: NotebookNode) -> str:
-    notebook = copy.deepcopy(notebook)
+    notebook = nbformat.from_dict(json.loads(json.dumps(notebook, sort_keys=True)))  # a copy
     notebook.metadata = {
         "kernelspec": notebook.metadata.get("kernelspec", {}),
         "language_info": {"name": "python", "pygments_lexer": "ipython3"},

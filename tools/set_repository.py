@@ -119,7 +119,7 @@ def with_install_cell(path: Path, text: str, url: str) -> str:
     for at in (i for i, line in enumerate(lines) if line.lstrip().startswith("%pip install")):
         first = next((i for i in range(at, -1, -1) if lines[i].startswith("```{code-cell}")), at)
         last = next((i for i in range(at, len(lines)) if lines[i].startswith("```")), at)
-        while lines[first].startswith(("```", ":")):  # the fence, then the options of the cell
+        while lines[first].startswith(("```", ":")) or not lines[first]:  # fence and options
             first += 1
         return "\n".join([*lines[:first], *code.split("\n"), *lines[last:]])
     raise ValueError(f"{path} has no install cell: its first code cell must `%pip install` dmd")
