@@ -60,8 +60,8 @@ def _f1(p: Tensor, y: Tensor) -> float:
     for positive in (False, True):
         here, there = p == positive, y == positive
         if there.any():
-            f1 = 2 * (here & there).sum() / (here.sum() + there.sum())
-            total += float(f1) * float(there.double().mean())
+            f1 = 2 * int((here & there).sum()) / int(here.sum() + there.sum())
+            total += f1 * int(there.sum()) / len(y)
     return total
 
 

@@ -51,7 +51,8 @@ def candidates(root: Path, path: str) -> list[Path]:
 
 def _read(root: Path, path: str) -> str:
     """The text of a file whose SHA-256 is the expected one."""
-    cure = "`python -m dmd data fetch mosi_utterances` downloads it"
+    to = "" if root == default_root() else f" --to {root}"
+    cure = f"`python -m dmd data fetch {NAME}{to}` downloads it"
     found = candidates(root, path)
     if not found:
         raise FileNotFoundError(f"{path} is missing below {root}: {cure}")
@@ -118,12 +119,14 @@ def _dataset(name: str, part: _Utterances, context: int) -> Dataset:
     first = np.maximum(begins, rows - context)
     steps = first[:, None] + np.arange(context + 1)
     valid = steps <= rows[:, None]
-    features = (
+    language, visual, acoustic = (
         torch.from_numpy(np.where(valid[..., None], x[np.where(valid, steps, 0)], 0)).float()
         for x in part.features
     )
     clips = Batch(
-        *features,
+        language,
+        visual,
+        acoustic,
         lengths=torch.from_numpy(rows - first + 1)[:, None].repeat(1, 3),
         label=torch.from_numpy(part.label).float(),
         ids=[f"{v}_{s}" for v, s in zip(part.video, part.segment, strict=True)],
