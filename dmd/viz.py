@@ -42,7 +42,7 @@ def setup() -> None:
     """Set matplotlib's defaults for the book; seaborn takes them over. Call once a chapter."""
     mpl.rcParams.update(
         {
-            "figure.figsize": (7.0, 3.6),
+            "figure.figsize": (6.2, 3.5),
             "figure.dpi": 150,
             "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
@@ -281,7 +281,7 @@ def graph(axes: Axes, edges: Any) -> None:
         }  # fmt: skip
         axes.annotate("", xy=tuple(end), xytext=tuple(start), arrowprops=arrow)
         across = np.array([(end - start)[1], -(end - start)[0]])
-        x, y = start + 0.5 * (end - start) + 0.16 * across
+        x, y = start + 0.5 * (end - start) + 0.19 * across
         axes.text(x, y, f"{weights[i, j]:.2f}", ha="center", va="center", fontsize=9)
     for place, name, colour in zip(places, MODALITIES, COLOURS, strict=True):
         axes.scatter(*place, s=1400, color=colour, zorder=3)

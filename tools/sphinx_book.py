@@ -1,11 +1,17 @@
-"""What the book's build needs beyond its configuration: docstrings as written, and build facts."""
+"""What the book's build needs beyond its configuration.
+
+Docstrings shown as they are written, a table of the facts of the build, and equations of several
+lines that carry the paper's number.
+"""
 
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -23,6 +29,18 @@ def as_written(
         ]
 
 
+def readable(
+    app: Sphinx, what: str, name: str, thing: object, options: object, args: str | None, out: str
+) -> tuple[str | None, str]:
+    """Take the markers of links off a signature that Sphinx can't parse, and so can't link.
+
+    A dataclass field with a factory is one: its default reads `<factory>`.
+    """
+    if args is not None and "<factory>" in args:
+        args = re.sub(r"~(\w+\.)+", "", args).replace("<factory>", "...")
+    return args, out
+
+
 def processor() -> str:
     """The name of the processor, as the operating system gives it."""
     try:
@@ -37,7 +55,8 @@ def facts() -> list[tuple[str, str]]:
     """When, on what and with which versions this build runs."""
     return [
         ("Built", datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")),
-        ("Machine", f"{processor()}, {os.cpu_count()} logical processors, no GPU used"),
+        ("Processor", f"{processor()}, {os.cpu_count()} logical"),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("System", f"{platform.system()} {platform.machine()}"),
         ("Python", platform.python_version()),
         *((name, version(name)) for name in LIBRARIES),
@@ -57,8 +76,19 @@ class BuildFacts(SphinxDirective):
         return [nodes.table("", group, classes=["colwidths-auto"])]
 
 
+def keep_tags(app: Sphinx, doctree: nodes.document) -> None:
+    """Keep Sphinx from wrapping tagged equations of several lines in `split`, which has no tags."""
+    for block in doctree.findall(nodes.math_block):
+        text = block.astext()
+        if "\\tag" in text and not block["nowrap"]:
+            block["nowrap"] = True
+            block.children = [nodes.Text(rf"\[{text}\]")]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register both with Sphinx."""
+    """Register all of it with Sphinx."""
     app.connect("autodoc-process-docstring", as_written)
+    app.connect("autodoc-process-signature", readable)
+    app.connect("doctree-read", keep_tags)
     app.add_directive("build-facts", BuildFacts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
