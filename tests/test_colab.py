@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the environment holds, and where it takes a module from.
 REPORT = """
 import importlib.metadata, importlib.util, json
-found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+found = {}
+for d in importlib.metadata.distributions():  # in the order of the path: the first one counts
+    found.setdefault(d.name.lower(), d.version)
 spec = importlib.util.find_spec("dmd")
 print(json.dumps([found, spec and spec.origin]))
 """
@@ -32,6 +34,13 @@ class Colab:
         venv.create(root / "venv", with_pip=True, symlinks=True)
         self.python = root / "venv/bin/python"
         self.folder = root
+        hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_CONSTRAINT", "PIP_NO_DEPS")
+        self.environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        self.environment["IPYTHONDIR"] = str(root / "ipython")
+        fetch = ("download", "--quiet", "--no-deps", "-d", root / "got", "setuptools")
+        if self.run("-m", "pip", *fetch).returncode != 0:  # offline: build with what is there
+            self.environment["PIP_NO_BUILD_ISOLATION"] = "false"  # pip's way to switch it off
+        self.run("-m", "pip", "uninstall", "--yes", "setuptools")  # venv's, older than torch wants
         # Links to what is installed, in a folder outside the new environment: pip counts it as
         # installed and can't touch it, and whatever pip adds comes first.
         host = root / "host"
@@ -41,13 +50,6 @@ class Colab:
                 (host / entry.name).symlink_to(entry)
         site = next((root / "venv/lib").glob("python*/site-packages"))
         (site / "host.pth").write_text(f"{host}\n")
-
-        hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_CONSTRAINT", "PIP_NO_DEPS")
-        self.environment = {k: v for k, v in os.environ.items() if k not in hidden}
-        self.environment["IPYTHONDIR"] = str(root / "ipython")
-        fetch = ("-m", "pip", "download", "--quiet", "--no-deps", "-d", root / "got", "setuptools")
-        if self.run(*fetch).returncode != 0:  # offline: build with the setuptools that is there
-            self.environment["PIP_NO_BUILD_ISOLATION"] = "false"  # pip's way to switch it off
 
     def run(self, *arguments):
         return subprocess.run(
