@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from dmd.config import nearest
-from dmd.data import mosi_utterances, synthetic
+from dmd.data import mmsa, mosi_utterances, mult, synthetic
 from dmd.data.dataset import Dataset, Splits
+from dmd.data.sanitise import sanitise
 
 LOADERS: dict[str, Callable[..., Splits]] = {
     "synthetic": synthetic.load,
     "mosi_utterances": mosi_utterances.load,
+    "mmsa": mmsa.load,
+    "mult": mult.load,
 }
 
 
@@ -33,4 +36,4 @@ def load(name: str, **options: Any) -> Splits:
     return LOADERS[name](**options)
 
 
-__all__ = ["LOADERS", "Dataset", "Splits", "load"]
+__all__ = ["LOADERS", "Dataset", "Splits", "load", "sanitise"]
