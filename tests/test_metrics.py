@@ -136,6 +136,10 @@ def test_what_is_not_defined_is_nan():
     assert one["acc7"] == one["f1_non0"] == one["acc2_has0"] == 1
     constant = compute([0.1] * 7, [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
     assert math.isnan(constant["corr"])
+    for n in range(2, 20):  # the mean of n equal numbers need not be exactly that number
+        fixed, varied = np.full(n, 0.1), np.linspace(-1, 2, n) ** 2
+        assert math.isnan(compute(fixed, varied)["corr"])
+        assert math.isnan(compute(varied, fixed)["corr"])
     assert constant["acc2_has0"] == pytest.approx(4 / 7)
     neutral = compute([1.0, -1.0], [0.0, 0.0])
     assert [key for key in KEYS if math.isnan(neutral[key])] == ["corr", "acc2_non0", "f1_non0"]
@@ -152,8 +156,8 @@ def test_computed_in_float64():
     label = torch.zeros(3)
     prediction = torch.tensor([1e8, 1.0, 1.0], dtype=torch.float32)
     assert compute(prediction, label)["mae"] == (1e8 + 2) / 3
-    tiny = compute(np.array([1e-170, 2e-170, 3e-170]), np.array([1.0, 2.0, 3.0]))
-    assert tiny["corr"] == pytest.approx(1)
+    tiny = compute(np.array([1e-170, 2e-170, 3e-170]), np.array([1.0, 3.0, 2.0]))
+    assert tiny["corr"] == pytest.approx(0.5)  # although the squares of these underflow
 
 
 @pytest.mark.parametrize(

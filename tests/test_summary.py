@@ -42,7 +42,7 @@ def splits_of():
         split_of(
             "train",
             [-3.0, 2.6, 0.5, 1.5, -2.5],
-            ["a_b_1", "a_b_2", "a_1", "c$_$1_2", "c$_$1_3"],
+            ["a_b_1", "a_b_2", "a_1", "c$_$1_2", "c$_$2_3"],
             [[1, 2, 5], [3, 6, 5], [3, 4, 5], [2, 1, 5], [4, 5, 5]],
             holes,
         ),
@@ -113,5 +113,6 @@ def test_table_is_aligned_and_says_the_same():
     assert details[2].split() == ["train", "visual", "3", "6", "1", "4", "6", "0", "2", "1"]
     assert details[7].split()[2:7] == ["2", "4", "3", "3.5", "4"]
     assert len(details) == 1 + 9
+    assert details[2].index("visual") == details[0].index("modality")
     for block in (counts, details):  # right-aligned columns: every line ends at one place
         assert len({len(line) for line in block}) == 1
