@@ -1,5 +1,6 @@
 """The losses, one function an equation (Eqs. 2-6, 9, 11), and the objective that adds them up."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +14,24 @@ from dmd.model import Output
 Masks = Sequence[Tensor] | None
 
 
+def _single(x: Tensor) -> Tensor:
+    """At least single precision: sums of half-precision features lose digits or overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Features (B, T, d), zero where mask (B, T) is false.
+
+    Masking what enters a loss, not what it has computed, keeps NaN out of the gradient too.
+    """
+    return _single(x) if mask is None else _single(x).masked_fill(~mask[:, :, None], 0.0)
+
+
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values (B, T, ...) over the steps where mask (B, T) is true; zero if none is."""
+    """Mean of values (B, T, ...) over the valid steps; they have to be zero at the others."""
     if mask is None:
         return values.mean()
-    mask = mask.reshape(mask.shape + (1,) * (values.dim() - 2)).expand_as(values)
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)
+    return values.sum() / (mask.sum() * math.prod(values.shape[2:])).clamp_min(1)
 
 
 def _masks(masks: Masks, like: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -27,7 +40,9 @@ def _masks(masks: Masks, like: Sequence[Tensor]) -> Sequence[Tensor | None]:
 
 def _squared_error(xs: Sequence[Tensor], ys: Sequence[Tensor], masks: Masks) -> Tensor:
     triples = zip(xs, ys, _masks(masks, xs), strict=True)
-    return torch.stack([_mean((x - y).square(), mask) for x, y, mask in triples]).sum()
+    return torch.stack(
+        [_mean((_valid(x, mask) - _valid(y, mask)).square(), mask) for x, y, mask in triples]
+    ).sum()
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -36,8 +51,10 @@ def normalise(x: Tensor) -> Tensor:
     The gradient at a zero vector is zero too: dividing by a small constant instead would multiply
     it by the inverse of that constant.
     """
+    x = _single(x)
     square = x.square().sum(dim=-1, keepdim=True)
-    return torch.where(square > 0, x * torch.where(square > 0, square, 1.0).rsqrt(), 0.0)
+    zero = square == 0
+    return torch.where(zero, 0.0, x * torch.where(zero, 1.0, square).rsqrt())
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -108,16 +125,25 @@ def orthogonality(
     if variant not in shapes:
         raise ValueError(nearest(variant, shapes, "variant of the orthogonality loss"))
     triples = zip(common, private, _masks(masks, common), strict=True)
-    return torch.stack([_mean(shapes[variant](cosine(c, p)), mask) for c, p, mask in triples]).sum()
+    cosines = [(cosine(_valid(c, mask), _valid(p, mask)), mask) for c, p, mask in triples]
+    return torch.stack([_mean(shapes[variant](c), mask) for c, mask in cosines]).sum()
 
 
 def distillation(edges: Tensor, distances: Tensor) -> Tensor:
     """Eq. (9): ||W * E||_1, edges and distances (B, M, M): sum over edges, mean over the batch."""
-    return (edges * distances).abs().sum(dim=(1, 2)).mean()
+    return (_single(edges) * _single(distances)).abs().sum(dim=(1, 2)).mean()
 
 
 def task(prediction: Tensor, label: Tensor) -> Tensor:
-    """The task loss of Eq. (11): mean absolute error, prediction (..., B) against label (B,)."""
+    """The task loss of Eq. (11): mean absolute error, prediction (..., B) against label (B,).
+
+    Raises ValueError where the two would be broadcast to each other, clip against every clip.
+    """
+    if label.dim() != 1 or prediction.shape[-1:] != label.shape:
+        raise ValueError(
+            f"the task loss needs one label a clip, shape {tuple(prediction.shape[-1:])}, "
+            f"got {tuple(label.shape)}"
+        )
     return (prediction - label).abs().mean()
 
 
