@@ -22,6 +22,11 @@ def sinusoidal_positions(steps: int, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
 
 
+def _steps(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Valid steps of each clip (B,) of x (B, T, dim) with mask (B, T); without one, (1,): T."""
+    return torch.tensor([x.shape[1]], device=x.device) if mask is None else mask.sum(dim=1)
+
+
 class MultiheadAttention(nn.Module):
     """Scaled dot-product attention of several heads (Eq. 10).
 
@@ -38,21 +43,36 @@ class MultiheadAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
 
-    def visible(self, target: Tensor, source: Tensor, source_mask: Tensor | None) -> Tensor | None:
+    def visible(
+        self,
+        target: Tensor,
+        source: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor | None:
         """Which keys each query may see: (B or 1, 1, T_q or 1, T_k), or None for all of them."""
         mask = None if source_mask is None else source_mask[:, None, None, :]
-        if self.causal:
-            steps = torch.arange(target.shape[1], device=target.device)[:, None]
-            keys = torch.arange(source.shape[1], device=target.device)
-            past = (keys <= steps + abs(source.shape[1] - target.shape[1]))[None, None]
-            if mask is not None:
-                # A query without any valid key would be 0/0: the first key is always valid.
-                past = past & mask
-            mask = past
-        return mask
+        if not self.causal:
+            return mask
+        # Lengths of the clips, not of their padding: else padding would move what is visible.
+        shift = _steps(source, source_mask) - _steps(target, target_mask)  # (B or 1,)
+        query = torch.arange(target.shape[1], device=target.device)[:, None]
+        key = torch.arange(source.shape[1], device=target.device)
+        past = key <= query + shift.abs()[:, None, None, None]
+        # A query without any valid key would be 0/0: the first key is always valid.
+        return past if mask is None else past & mask
 
-    def forward(self, target: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """Target (B, T_q, dim), source (B, T_k, dim), source_mask (B, T_k) -> (B, T_q, dim)."""
+    def forward(
+        self,
+        target: Tensor,
+        source: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Target (B, T_q, dim), source (B, T_k, dim), masks (B, T_k), (B, T_q) -> (B, T_q, dim).
+
+        The mask of the target matters only with `causal`, for the length of each clip.
+        """
         q = self.query(target).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T_q, d/H)
         k, v = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T_k, d/H)
@@ -62,18 +82,24 @@ class MultiheadAttention(nn.Module):
             q,
             k,
             v,
-            attn_mask=self.visible(target, source, source_mask),
+            attn_mask=self.visible(target, source, source_mask, target_mask),
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def weights(self, target: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
+    def weights(
+        self,
+        target: Tensor,
+        source: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
         """The weights (B, heads, T_q, T_k) with which `forward` averages; each row sums to 1."""
         q = self.query(target).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.key_value(source).chunk(2, dim=-1)[0]
         k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        visible = self.visible(target, source, source_mask)
+        visible = self.visible(target, source, source_mask, target_mask)
         if visible is not None:
             score = score.masked_fill(~visible, -math.inf)
         return score.softmax(dim=-1)
@@ -91,11 +117,17 @@ class EncoderLayer(nn.Module):
         )
         self.feedforward_norm = nn.LayerNorm(dim)
 
-    def forward(self, target: Tensor, source: Tensor | None, source_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        target: Tensor,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+        target_mask: Tensor | None,
+    ) -> Tensor:
         """Target (B, T_q, dim), source (B, T_k, dim) or None (self-attention) -> (B, T_q, dim)."""
         query = self.attention_norm(target)
         key = query if source is None else self.attention_norm(source)
-        target = target + self.attention(query, key, source_mask)
+        target = target + self.attention(query, key, source_mask, target_mask)
         return target + self.feedforward(self.feedforward_norm(target))
 
 
@@ -104,7 +136,7 @@ class CrossmodalEncoder(nn.Module):
 
     dim, heads, layers: width, attention heads and layers.
     embedding_dropout: on the embedded sequences; attention_dropout: on the attention weights.
-    causal: let query t see only keys up to t (shifted by the difference of the lengths).
+    causal: let query t see only keys up to t, shifted by the difference of the clip's lengths.
     Both sequences keep their own length and rate; the position code lets the attention find
     which moments belong together.
     """
@@ -131,15 +163,23 @@ class CrossmodalEncoder(nn.Module):
         return self.embedding_dropout(math.sqrt(x.shape[2]) * x + positions)
 
     def forward(
-        self, target: Tensor, source: Tensor | None = None, source_mask: Tensor | None = None
+        self,
+        target: Tensor,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
     ) -> Tensor:
-        """Target (B, T_q, dim), source (B, T_k, dim), source_mask (B, T_k) -> (B, T_q, dim).
+        """Target (B, T_q, dim), source (B, T_k, dim), masks (B, T_k), (B, T_q) -> (B, T_q, dim).
 
         Without a source the target attends to itself, and source_mask is the mask of the target.
-        Masked steps of the source have no influence on the result.
+        Masked steps of the source have no influence on the result; those of the target come out
+        as numbers without meaning.
         """
         target = self.embed(target)
-        source = None if source is None else self.embed(source)
+        if source is None:
+            target_mask = source_mask
+        else:
+            source = self.embed(source)
         for layer in self.layers:
-            target = layer(target, source, source_mask)
+            target = layer(target, source, source_mask, target_mask)
         return self.norm(target)

@@ -121,7 +121,7 @@ class DMD(nn.Module):
             x, mask = getattr(private, target), getattr(masks, target)
             enhanced = [
                 self.crossmodal[f"{source}_to_{target}"](
-                    x, getattr(private, source), getattr(masks, source)
+                    x, getattr(private, source), getattr(masks, source), mask
                 )
                 for source in MODALITIES
                 if source != target
