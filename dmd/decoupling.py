@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
 
-from dmd.batch import PerModality
+from dmd.batch import MODALITIES, PerModality
 
 
 @dataclass
@@ -41,15 +41,11 @@ class Decoupling(nn.Module):
     All of them are linear maps of one time step. Without a bias they leave padded steps zero.
     """
 
-    def __init__(self, dim: int, modalities: int = 3) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.common_encoder = nn.Linear(dim, dim, bias=False)
-        self.private_encoders = nn.ModuleList(
-            nn.Linear(dim, dim, bias=False) for _ in range(modalities)
-        )
-        self.decoders = nn.ModuleList(
-            nn.Linear(2 * dim, dim, bias=False) for _ in range(modalities)
-        )
+        self.private_encoders = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in MODALITIES)
+        self.decoders = nn.ModuleList(nn.Linear(2 * dim, dim, bias=False) for _ in MODALITIES)
 
     def forward(self, shallow: Sequence[Tensor]) -> Decoupled:
         """Shallow features, (B, T_m, d) a modality -> their parts and the way back (Eqs. 1-3)."""

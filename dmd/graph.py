@@ -55,9 +55,10 @@ class GDUnit(nn.Module):
 
     def forward(self, features: Tensor) -> GraphOutput:
         """Modality vectors (M, B, d') -> logits (M, B), edges (B, M, M), distances (B, M, M)."""
-        if features.dim() != 3 or len(features) != self.modalities:
+        width = self.regressor.in_features
+        if features.dim() != 3 or features.shape[::2] != (self.modalities, width):
             raise ValueError(
-                f"expected features of shape ({self.modalities}, clips, width), "
+                f"expected features of shape ({self.modalities}, clips, {width}), "
                 f"got {tuple(features.shape)}"
             )
         logits = self.regressor(features).squeeze(-1)  # (M, B)
