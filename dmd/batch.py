@@ -59,7 +59,8 @@ class Batch:
         if self.lengths is None:
             full = torch.tensor([[x.shape[1] for x in self.features]])
             self.lengths = full.to(self.language.device).expand(len(self), 3)
-        if self.lengths.shape != (len(self), 3) or self.lengths.is_floating_point():
+        not_integers = self.lengths.is_floating_point() or self.lengths.dtype == torch.bool
+        if self.lengths.shape != (len(self), 3) or not_integers:
             raise ValueError(
                 f"lengths: expected integers of shape ({len(self)}, 3), "
                 f"got {self.lengths.dtype} {tuple(self.lengths.shape)}"
@@ -96,13 +97,14 @@ class Batch:
         )
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Self:
-        """The clips at `index`, as a batch."""
+        """The clips at `index`, as a batch: a slice, indices, or a mask (B,)."""
         assert self.lengths is not None  # set in __post_init__
         if not isinstance(index, slice | Tensor):
-            index = torch.as_tensor(index, dtype=torch.long)
+            index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
         ids = None
         if self.ids is not None:
-            ids = [self.ids[i] for i in torch.arange(len(self))[index].tolist()]
+            positions = torch.arange(len(self), device=self.language.device)
+            ids = [self.ids[i] for i in positions[index].tolist()]
         return type(self)(
             language=self.language[index],
             visual=self.visual[index],
