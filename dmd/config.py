@@ -7,6 +7,7 @@ not exist is an error that names the nearest key that does.
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
@@ -22,14 +23,12 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Turn a value as JSON or a command line holds it into the type of its field, or refuse."""
+    """Turn a value as JSON or a caller gives it into the type of its field, or refuse."""
     refusal = ValueError(f"{key}={value!r} is not of type {_name(kind)}")
     if dataclasses.is_dataclass(kind):
-        if isinstance(value, Mapping):
-            return kind.from_dict(value)  # type: ignore[union-attr]
         if isinstance(value, kind):  # type: ignore[arg-type]
             return value
-        raise refusal
+        return kind.from_dict(value)  # type: ignore[union-attr]
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -41,10 +40,12 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if NoneType in get_args(kind):
         inner = next(k for k in get_args(kind) if k is not NoneType)
         return None if value is None else _convert(value, inner, key)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise refusal
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, not {value}")
     return value
 
 
@@ -53,7 +54,14 @@ def _name(kind: Any) -> str:
 
 
 class Config:
-    """What the three configurations have in common: presets, and the way to and from JSON."""
+    """What the three configurations have in common: types, presets, and the way to JSON and back.
+
+    Raises ValueError for a value whose type is not that of its field.
+    """
+
+    def __post_init__(self) -> None:
+        for key, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, key, _convert(getattr(self, key), kind, key))
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -74,11 +82,13 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build the configuration from a mapping; fields that are left out keep their defaults."""
-        kinds = get_type_hints(cls)
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{cls.__name__}: expected its options by name, not {values!r}")
+        known = get_type_hints(cls)
         for key in values:
-            if key not in kinds:
-                raise ValueError(nearest(key, kinds, f"{cls.__name__} option"))
-        return cls(**{key: _convert(value, kinds[key], key) for key, value in values.items()})
+            if key not in known:
+                raise ValueError(nearest(key, known, f"{cls.__name__} option"))
+        return cls(**values)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -121,8 +131,15 @@ class ModelConfig(Config):
         dim: width d of every feature after the shallow encoder.
         heads, layers: of each crossmodal and self-attention encoder.
         kernels: width in steps of the shallow convolutions.
+    Dropout rates, in training only
+        language_dropout: of the language features as they come in.
+        embedding_dropout: of the sequences that enter an encoder, with their position code.
+        attention_dropout: of attention weights, by the modality of the source; the encoders that
+            attend to themselves use that of language.
+        output_dropout: inside the residual network that fuses the parts.
     Choices
-        causal_mask: let step t of an attention query see only steps up to t of its keys.
+        causal_mask: let step t of an attention query see only steps up to t of its keys, or up to
+            t plus the difference where the two sequences of a clip differ in length.
         pooling: how a sequence becomes a vector, the `mean` over valid steps or the `last` one.
         stop_teacher_gradient: a distillation edge moves its student only (Eq. 7). The distance
             |f_i - f_j| is symmetric, so without this the direction of an edge means nothing.
@@ -154,10 +171,11 @@ class ModelConfig(Config):
     hetero_distillation: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("widths", "lengths", "kernels"):
             value = getattr(self, name)
             self._require(
-                len(value) == 3 and all(isinstance(v, int) and v > 0 for v in value),
+                min(value) > 0,
                 f"{name} must be three positive integers (language, visual, acoustic), not {value}",
             )
         for name in ("dim", "heads", "layers"):
@@ -202,6 +220,7 @@ class LossConfig(Config):
     orthogonality: Literal["signed", "hinge", "squared"] = "signed"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lambda1", "lambda2", "gamma", "alpha", "unimodal"):
             self._require(getattr(self, name) >= 0, f"{name} must not be negative")
 
@@ -219,6 +238,7 @@ class TrainConfig(Config):
     patience: stop after that many epochs without a better validation score (None: never).
     select: the validation score that picks the epoch to keep; `mae` is lowest, others highest.
     device: `auto` takes cuda, else mps, else cpu.
+    seed: of everything random in a run.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
     """
 
@@ -238,6 +258,7 @@ class TrainConfig(Config):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "batch_size", "accumulate", "learning_rate", "clip_at"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
         self._require(self.weight_decay >= 0, "weight_decay must not be negative")
