@@ -118,19 +118,10 @@ def words(markdown: str) -> int:
     return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
 
 
-def sections(markdown: str, pattern: str) -> list[str]:
-    """The text under each heading that matches, up to the next heading of its level or above."""
-    parts = re.split(r"(?m)^(#{1,6}) +(.*)$", strip_code(markdown))[1:]
-    triples = list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
-    found = []
-    for at, (level, title, text) in enumerate(triples):
-        if re.search(pattern, title):
-            for deeper, name, more in triples[at + 1 :]:
-                if len(deeper) <= len(level):
-                    break
-                text += f"\n{name}\n{more}"
-            found.append(text)
-    return found
+def exercises(markdown: str) -> list[str]:
+    """The text of each exercise: from `### Exercise 1` or `**Exercise 1.**` to the next heading."""
+    start = r"(?m)^(?:#{2,6} +|\*\*)Exercise \d+"
+    return [re.split(r"(?m)^#{1,6} ", t)[0] for t in re.split(start, strip_code(markdown))[1:]]
 
 
 def details(markdown: str) -> list[tuple[str, str, int, int]]:
@@ -284,13 +275,13 @@ def questions_mark_themselves(chapter: Chapter) -> list[str]:
 
 
 def exercises_have_solutions(chapter: Chapter) -> list[str]:
-    """Three to five sections `Exercise n`, each with a solution that opens."""
+    """Three to five exercises, each with a solution that opens."""
     marks = "\n\n".join(
         c.text if c.kind == "markdown" else "@solution"
         for c in chapter.cells
         if c.kind == "markdown" or ("# @title Solution" in c.text and "hide-cell" in c.tags)
     )
-    found = sections(marks, r"^Exercise \d")
+    found = exercises(marks)
     complaints = []
     if not EXERCISES[0] <= len(found) <= EXERCISES[1]:
         complaints.append(f"{len(found)} exercises, not {EXERCISES[0]} to {EXERCISES[1]}")

@@ -184,7 +184,7 @@ Yes.
 
 </details>
 
-### Exercise 2: b
+**Exercise 2.** b
 
 ```{code-cell}
 :tags: [hide-cell]
@@ -273,6 +273,7 @@ BREAKS = [
     ("exercises_have_solutions", "# @title Solution\n", ""),
     ("exercises_have_solutions", "<summary>Solution</summary>\n\nNo", "<summary>Hint</summary>No"),
     ("exercises_have_solutions", "### Exercise 3: c", "### More"),
+    ("exercises_have_solutions", "**Exercise 2.** b", "## More\n\nb"),
     ("ends_in_the_package", "## Where this lives in `dmd`", "## Recap"),
     ("ends_in_the_package", "after [", "see\n\n## More\n\n["),
 ]
