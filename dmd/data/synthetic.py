@@ -174,7 +174,8 @@ class Clips:
         sign = np.where(rng.random(count) < 0.52, 1.0, -1.0)
         self.sentiment = np.clip(sign * rng.normal(1.4, 0.8, count), -3, 3)
         ratings = np.rint(self.sentiment[:, None] + rng.normal(0, 0.5, (count, 5)))
-        self.label = (np.clip(ratings, -3, 3).sum(axis=1) / 5).astype(np.float32)
+        total = np.clip(ratings, -3, 3).astype(np.int64).sum(axis=1)  # integers have no -0
+        self.label = (total / 5).astype(np.float32)
 
         present = np.arange(EVENTS) < rng.integers(1, EVENTS + 1, (count, 1))
         # What the events add up to is fixed by the sentiment; how they share it is not.
@@ -259,7 +260,7 @@ def _spans(steps: Array) -> tuple[Array, Array, Array]:
 
 
 def _rounded(x: Array) -> NDArray[np.float32]:
-    return (np.rint(x * STEP) / STEP).astype(np.float32)
+    return (np.rint(x * STEP) / STEP + 0.0).astype(np.float32)  # + 0.0 makes -0 a plain 0
 
 
 def _language(
