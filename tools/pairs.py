@@ -161,8 +161,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", choices=("md", "ipynb"), help="the form to keep")
     arguments = parser.parse_args()
     if arguments.check:
-        found = problems()
-        sys.exit("\n".join(found) if found else 0)
+        sys.exit("\n".join(problems()) or 0)
     try:
         for path in sync(source=arguments.source):
             print(path.relative_to(ROOT))

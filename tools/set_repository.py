@@ -149,12 +149,14 @@ def _links(name: str) -> list[tuple[re.Pattern[str], str]]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("url", nargs="?", help="https://github.com/owner/name; none: only check")
+    parser.add_argument("url", nargs="?", help="https://github.com/owner/name; none: check")
     url = parser.parse_args().url
     try:
         if not url:
-            found = problems()
-            sys.exit("\n".join(found) if found else 0)
+            print(
+                f"The book points at {repository_url()}; URL=https://github.com/you/yours moves it."
+            )
+            sys.exit("\n".join(problems()) or 0)
         for path in set_repository(url):
             print(path.relative_to(ROOT))
     except (ValueError, OSError) as error:
