@@ -447,8 +447,8 @@ VALUES = {
     "text": ["", "a", "hé€\U0001f600\n\\\x00", "\ud800", "x" * 300],
     "bytes": [b"", b"a", bytes(range(256)), b"x" * 300, bytearray(), bytearray(b"\xff\x00")],
     "containers": [[], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {"a": [1]},
-                   {1: 2, (1, "b"): 3}, set(), {1, 2}, frozenset(), frozenset({"a"}), list(range(2000)),
-                   {str(i): i for i in range(2000)}],
+                   {1: 2, (1, "b"): 3}, set(), {1, 2}, frozenset(), frozenset({"a"}),
+                   list(range(2000)), {str(i): i for i in range(2000)}],
 }  # fmt: skip
 
 
