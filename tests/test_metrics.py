@@ -125,6 +125,8 @@ def test_mae_and_correlation_see_unclipped_values():
     scores = compute([30.0, -30.0], [3.0, -3.0])
     assert scores["mae"] == 27
     assert scores["corr"] == pytest.approx(1, abs=1e-12)
+    for p, _ in random_cases(200):
+        assert not abs(compute(p, p / 3)["corr"]) > 1  # not by a rounding error either
     label = [1.0, 2.0, 3.0]
     assert compute([6.0, 2.0, -2.0], label)["corr"] == pytest.approx(-1, abs=1e-12)
     assert compute([0.0, 0.0, 9.0], label)["corr"] == pytest.approx(3 / math.sqrt(12))

@@ -216,10 +216,14 @@ def test_labels_that_disagree_are_an_error(small):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": -1}, "context must not be negative, but is -1"),
-        ({"valid_share": 0}, "valid_share must lie between 0 and 1, but is 0"),
-        ({"valid_share": 1.0}, "valid_share must lie between"),
-        ({"valid_share": float("nan")}, "valid_share must lie between"),
+        ({"context": -1}, "context must be a whole number, 0 or more, not -1"),
+        ({"context": 1.5}, "context must be a whole number, 0 or more, not 1.5"),
+        ({"context": "4"}, "context must be a whole number, 0 or more, not '4'"),
+        ({"valid_share": 0}, "valid_share must be a number between 0 and 1, not 0"),
+        ({"valid_share": 1.0}, "valid_share must be a number between 0 and 1, not 1.0"),
+        ({"valid_share": float("nan")}, "valid_share must be a number between 0 and 1, not nan"),
+        ({"valid_share": "some"}, "valid_share must be a number between 0 and 1, not 'some'"),
+        ({"seed": None}, "seed must be a whole number, not None"),
         ({"contxt": 1}, "did you mean 'context'"),
     ],
 )

@@ -172,10 +172,12 @@ def load(
     Raises ValueError for a bad option or a file whose SHA-256 is not the published one, and
     FileNotFoundError for a missing file.
     """
-    if context < 0:
-        raise ValueError(f"context must not be negative, but is {context}")
-    if not 0 < valid_share < 1:
-        raise ValueError(f"valid_share must lie between 0 and 1, but is {valid_share}")
+    if not isinstance(context, int) or context < 0:
+        raise ValueError(f"context must be a whole number, 0 or more, not {context!r}")
+    if not isinstance(valid_share, int | float) or not 0 < valid_share < 1:
+        raise ValueError(f"valid_share must be a number between 0 and 1, not {valid_share!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, not {seed!r}")
     folder = default_root() if root is None else Path(root)
     known, test = _utterances(folder, "train"), _utterances(folder, "test")
 
