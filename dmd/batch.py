@@ -69,7 +69,7 @@ class Batch:
             raise ValueError(f"label: expected shape ({len(self)},), got {tuple(self.label.shape)}")
         if self.ids is not None and len(self.ids) != len(self):
             raise ValueError(f"ids: expected {len(self)} names, got {len(self.ids)}")
-        if not self.lengths.is_cuda:  # on a GPU the comparison would wait for the device
+        if self.lengths.is_cpu:  # elsewhere the comparison would wait for the device
             for m, name in enumerate(MODALITIES):
                 steps = self.features[m].shape[1]
                 wrong = (self.lengths[:, m] < 1) | (self.lengths[:, m] > steps)

@@ -240,6 +240,7 @@ class TrainConfig(Config):
     device: `auto` takes cuda, else mps, else cpu.
     seed: of everything random in a run.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
+    loss: the weights of the objective.
     """
 
     epochs: int = 30
