@@ -215,6 +215,7 @@ def test_offline(server, tmp_path):
     assert "\n" not in message and "refused" in message
     assert f"http://127.0.0.1:{port}/words.csv" in message  # one slash, not two
     assert str(tmp_path / "words.csv") in message
+    assert files_below(tmp_path) == {}
 
 
 def test_a_server_that_does_not_speak_http(tmp_path, server):

@@ -57,6 +57,8 @@ def fetch(
             try:
                 _download(url, part, say)
             except (OSError, HTTPException) as error:
+                if part.stat().st_size == 0:
+                    part.unlink()
                 raise OSError(
                     f"downloading {url} failed ({_reason(error)}): run the same command again "
                     f"to go on where it stopped, or get that file by other means and save it "

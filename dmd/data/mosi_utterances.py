@@ -154,7 +154,7 @@ def load(
     seed: int = 0,
     standardise: bool = True,
 ) -> Splits:
-    """Real CMU-MOSI utterances in the published, speaker-independent split.
+    """Real CMU-MOSI utterances in the published split, whose parts share no video.
 
     root: the folder of the CSV files, flat or in the sub-folders text, audio and video, or a
         folder that holds it as `mosi_utterances` or `mosi-utterance`; None: the environment
@@ -169,6 +169,8 @@ def load(
 
     The labels are -1.0 (negative) and +1.0 (positive): these files tell only the sign, so read
     the binary metrics; five and seven classes mean nothing here. Ids are `video_segment`.
+    The language and visual features were made with the labels of all training videos, those
+    held out for validation included: only test accuracy means something.
     Raises ValueError for a bad option or a file whose SHA-256 is not the published one, and
     FileNotFoundError for a missing file.
     """
