@@ -194,6 +194,17 @@ def test_mmsa_of_every_protocol_and_of_old_numpy(path, protocol):
         assert load_quietly(mmsa, path).fingerprint() == expected
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore:.*none of the published")
+def test_read_only_arrays_become_tensors_that_may_be_changed(path):
+    content = mmsa_content()
+    for values in content.values():
+        values["text"].flags.writeable = False
+    splits = mmsa.load(write(path, content, protocol=5))
+    splits.train.clips.language[0] = 7  # torch warns where this would be undefined
+    np.testing.assert_array_equal(splits.train.clips.language[1], content["train"]["text"][1])
+
+
 @pytest.mark.filterwarnings("ignore:.*none of the published")
 def test_infinite_and_huge_features_become_zero_with_one_warning(path):
     content = mmsa_content(aligned=True)
