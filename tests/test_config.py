@@ -1,6 +1,7 @@
 """Configurations: to JSON and back, presets, and the sentence for everything that is wrong."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -189,7 +190,8 @@ def test_values_at_the_edge_are_accepted():
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_option_is_documented(kind):
-    described = ", ".join(re.findall(r"^ *([\w, ]+):", kind.__doc__, re.MULTILINE)).split(", ")
+    _, text = inspect.getdoc(kind).split("\n", maxsplit=1)
+    described = ", ".join(re.findall(r"^ *([\w, ]+):", text, re.MULTILINE)).split(", ")
     assert sorted(described) == sorted(options(kind))
 
 
