@@ -4,14 +4,19 @@ A configuration is plain data: it can be written to JSON and read back, and a ke
 not exist is an error that names the nearest key that does.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType
+from os import PathLike
+from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+PATHS = (Path, PathLike, PathLike[str])
 
 
 def nearest(name: str, known: Iterable[str], kind: str) -> str:
@@ -22,8 +27,11 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Turn a value as JSON or a caller gives it into the type of its field, or refuse."""
+def convert(value: Any, kind: Any, key: str) -> Any:
+    """Turn a value as JSON or a caller gives it into the type of its field.
+
+    Raises ValueError naming the key, the value and the type.
+    """
     refusal = ValueError(f"{key}={value!r} is not of type {_name(kind)}")
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
@@ -36,13 +44,15 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(get_args(kind)):
             raise refusal
-        return tuple(_convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
-    if NoneType in get_args(kind):
-        inner = next(k for k in get_args(kind) if k is not NoneType)
-        return None if value is None else _convert(value, inner, key)
+        return tuple(convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
+    if isinstance(kind, UnionType):
+        for inner in get_args(kind):
+            with contextlib.suppress(ValueError):
+                return convert(value, inner, key)
+        raise refusal
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and not (kind in PATHS and isinstance(value, PathLike)):
         raise refusal
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{key} must be finite, not {value}")
@@ -61,7 +71,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, key, _convert(getattr(self, key), kind, key))
+            object.__setattr__(self, key, convert(getattr(self, key), kind, key))
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -69,7 +79,7 @@ class Config:
         return {"paper": {}}
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
+    def preset(cls, name: str, /, **overrides: Any) -> Self:
         """The configuration called `name`, with single fields replaced.
 
         Raises ValueError for an unknown preset or field, naming the nearest known one.
@@ -263,4 +273,5 @@ class TrainConfig(Config):
         for name in ("epochs", "batch_size", "accumulate", "learning_rate", "clip_at"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
         self._require(self.weight_decay >= 0, "weight_decay must not be negative")
+        self._require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         self._require(self.patience is None or self.patience > 0, "patience must be positive")

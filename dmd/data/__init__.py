@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
-from dmd.config import nearest
+from dmd.config import convert, nearest
 from dmd.data import mmsa, mosi_utterances, mult, synthetic
 from dmd.data.dataset import Dataset, Splits
 from dmd.data.sanitise import sanitise
@@ -17,7 +17,7 @@ LOADERS: dict[str, Callable[..., Splits]] = {
 }
 
 
-def load(name: str, **options: Any) -> Splits:
+def load(name: str, /, **options: Any) -> Splits:
     """The splits of the dataset called `name`; the options are those of its loader.
 
     Raises ValueError for an unknown name or option (naming the nearest known one) and for
@@ -33,7 +33,8 @@ def load(name: str, **options: Any) -> Splits:
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"dataset {name!r} needs the option {key}=...")
-    return LOADERS[name](**options)
+    kinds = get_type_hints(LOADERS[name])
+    return LOADERS[name](**{key: convert(x, kinds[key], key) for key, x in options.items()})
 
 
 __all__ = ["LOADERS", "Dataset", "Splits", "load", "sanitise"]
