@@ -49,7 +49,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 
 # A strict build: warnings are errors, references are checked, every chapter is executed.
 $(INDEX): $(SOURCES) _config.yml _toc.yml $(VENV)/installed
-	$(call step,book,$(BIN)/jupyter-book build -W -n --keep-going .)
+	$(call step,book,OMP_NUM_THREADS=1 $(BIN)/jupyter-book build -W -n --keep-going .)
 
 lint: $(VENV)/installed
 	$(call step,ruff,$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .)
