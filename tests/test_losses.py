@@ -337,7 +337,8 @@ def gradients(config, loss_config, seed=0):
 
 
 def test_every_term_is_its_equation_on_its_quantities():
-    _, output = forward()
+    model, output = forward()
+    weights = [*model.parameters()]
     found = objective(output, LABEL, LossConfig(alpha=0.3, orthogonality="hinge")).unweighted
     masks = output.masks
     vectors = output.homo.features.permute(1, 0, 2)
@@ -355,6 +356,12 @@ def test_every_term_is_its_equation_on_its_quantities():
     assert list(found) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+        slopes = (
+            torch.autograd.grad(x, weights, retain_graph=True, materialize_grads=True)
+            for x in (found[name], value)
+        )
+        for slope, expected_slope in zip(*slopes, strict=True):
+            torch.testing.assert_close(slope, expected_slope, msg=name)
         assert value.item() > 0, name  # no term is compared in a case where it is empty
 
 
@@ -417,6 +424,6 @@ def test_ablations_remove_terms_or_make_them_zero():
     for name in ("homo", "hetero"):
         model, output = forward(replace(TINY, **{f"{name}_distillation": False}))
         terms = objective(output, LABEL, LossConfig())
-        assert float(terms.unweighted[f"distil_{name}"]) == 0.0
+        assert terms.unweighted[f"distil_{name}"].item() == 0.0
         terms.total.backward()
         assert all(torch.isfinite(x.grad).all() for x in model.parameters())
