@@ -4,19 +4,14 @@ A configuration is plain data: it can be written to JSON and read back, and a ke
 not exist is an error that names the nearest key that does.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
-from types import UnionType
+from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
-
-PATHS = (Path, PathLike, PathLike[str])
 
 
 def nearest(name: str, known: Iterable[str], kind: str) -> str:
@@ -27,11 +22,8 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
 
 
-def convert(value: Any, kind: Any, key: str) -> Any:
-    """Turn a value as JSON or a caller gives it into the type of its field.
-
-    Raises ValueError naming the key, the value and the type.
-    """
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """Turn a value as JSON or a caller gives it into the type of its field, or refuse."""
     refusal = ValueError(f"{key}={value!r} is not of type {_name(kind)}")
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
@@ -44,15 +36,13 @@ def convert(value: Any, kind: Any, key: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(get_args(kind)):
             raise refusal
-        return tuple(convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
-    if isinstance(kind, UnionType):
-        for inner in get_args(kind):
-            with contextlib.suppress(ValueError):
-                return convert(value, inner, key)
-        raise refusal
+        return tuple(_convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
+    if NoneType in get_args(kind):
+        inner = next(k for k in get_args(kind) if k is not NoneType)
+        return None if value is None else _convert(value, inner, key)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind and not (kind in PATHS and isinstance(value, PathLike)):
+    if type(value) is not kind:
         raise refusal
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{key} must be finite, not {value}")
@@ -71,7 +61,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, key, convert(getattr(self, key), kind, key))
+            object.__setattr__(self, key, _convert(getattr(self, key), kind, key))
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
-from dmd.config import convert, nearest
+from dmd.config import nearest
 from dmd.data import mmsa, mosi_utterances, mult, synthetic
 from dmd.data.dataset import Dataset, Splits
 from dmd.data.sanitise import sanitise
@@ -33,8 +33,7 @@ def load(name: str, /, **options: Any) -> Splits:
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"dataset {name!r} needs the option {key}=...")
-    kinds = get_type_hints(LOADERS[name])
-    return LOADERS[name](**{key: convert(x, kinds[key], key) for key, x in options.items()})
+    return LOADERS[name](**options)
 
 
 __all__ = ["LOADERS", "Dataset", "Splits", "load", "sanitise"]
