@@ -139,7 +139,7 @@ def task(prediction: Tensor, label: Tensor) -> Tensor:
 
     Raises ValueError where the two would be broadcast to each other, clip against every clip.
     """
-    if label.dim() != 1 or prediction.shape[-1:] != label.shape:
+    if prediction.shape[-1:] != label.shape:
         raise ValueError(
             f"the task loss needs one label a clip, shape {tuple(prediction.shape[-1:])}, "
             f"got {tuple(label.shape)}"
