@@ -411,3 +411,15 @@ def test_single_and_double_precision_agree():
     found = build().float()(single).prediction
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), build()(batch).prediction, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_terms_of_a_mixed_precision_pass_have_single_precision(dtype):
+    batch = clips()
+    single = Batch(*(x.float() for x in batch.features), lengths=batch.lengths)
+    with torch.autocast("cpu", dtype):
+        output = build().float()(single)
+    terms = objective(output, batch.label.float(), LossConfig())
+    assert {x.dtype for x in terms.unweighted.values()} == {torch.float32}
+    exact = objective(build()(batch), batch.label, LossConfig()).total.float()
+    torch.testing.assert_close(terms.total, exact, rtol=0.02, atol=0)
