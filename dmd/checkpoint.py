@@ -8,10 +8,11 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dmd.config import ModelConfig
 from dmd.model import DMD
@@ -29,16 +33,24 @@ FORMAT = "dmd-1"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` such that a reader finds the old content or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace the file at `path` such that a reader finds the old content or the new, whole.
+
+    Folders that are missing are made. Raises OSError with a sentence that names the file.
+    """
+    # One name for all writers: what a killed one leaves behind, the next one overwrites.
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror}") from error
 
 
 def to_json(data: Any) -> str:
@@ -51,13 +63,13 @@ def to_json(data: Any) -> str:
             return [plain(value) for value in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    return json.dumps(plain(data), indent=2, allow_nan=False)
+    return json.dumps(plain(data), indent=2, allow_nan=False, default=str)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-compatible `meta` to one file, atomically."""
+    """Write tensors and `meta`, as JSON, to one file, atomically."""
     plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    header = {"format": FORMAT, "meta": json.dumps(meta)}
+    header = {"format": FORMAT, "meta": json.dumps(meta, default=str)}
     write_atomically(path, serialise(plain, metadata=header))
 
 
@@ -67,21 +79,28 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises FileNotFoundError if there is no such file, ValueError if it is not a checkpoint.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path}: train a model to get one")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but no checkpoint of dmd")
+                raise ValueError(f"{path} is a safetensors file, but not a checkpoint of dmd")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
-    return tensors, json.loads(header["meta"])
+            return tensors, json.loads(header["meta"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or not a checkpoint of dmd: take another one, or train again"
+        ) from error
 
 
 def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix/`, without it."""
     return {k.removeprefix(f"{prefix}/"): x for k, x in tensors.items() if k.startswith(prefix)}
+
+
+def put(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `select`: the tensors with `prefix/` before their names."""
+    return {f"{prefix}/{name}": x for name, x in tensors.items()}
 
 
 def load_model(path: str | Path) -> tuple[DMD, dict[str, Any]]:
@@ -94,47 +113,110 @@ def load_model(path: str | Path) -> tuple[DMD, dict[str, Any]]:
     if path.is_dir():
         path = path / "best.safetensors"
     tensors, meta = load(path)
-    model = DMD(ModelConfig.from_dict(meta["model_config"]))
+    try:
+        model = DMD(ModelConfig.from_dict(meta.get("model_config", {})))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no model that this version can build: {error}") from error
     try:
         model.load_state_dict(select(tensors, "model"))
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit its configuration") from error
+        raise ValueError(
+            f"the weights in {path} do not fit the model configuration that it states"
+        ) from error
     return model.eval(), meta
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of an optimiser's state, named `optimiser/PARAMETER/QUANTITY`."""
-    return {
+def training_state(
+    optimiser: Optimizer, scheduler: LRScheduler, scaler: GradScaler, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimiser, schedule, scaler and random numbers, as the tensors and the meta of `save`."""
+    state = optimiser.state_dict()
+    tensors = {
         f"optimiser/{index}/{name}": x
-        for index, state in optimiser.state_dict()["state"].items()
-        for name, x in state.items()
+        for index, quantities in state["state"].items()
+        for name, x in quantities.items()
+    }
+    tensors["random/cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+    return tensors, {
+        "param_groups": state["param_groups"],
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict(),
     }
 
 
-def restore_optimiser(
-    optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+def restore_training_state(
+    optimiser: Optimizer,
+    scheduler: LRScheduler,
+    scaler: GradScaler,
+    device: torch.device,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
 ) -> None:
-    """Take up the state that `optimiser_tensors` named, and the parameter groups."""
+    """Take up what `training_state` returned; a GPU's random numbers only if there are any."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, x in select(tensors, "optimiser").items():
         index, quantity = name.split("/")
         state.setdefault(int(index), {})[quantity] = x
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    optimiser.load_state_dict({"state": state, "param_groups": meta["param_groups"]})
+    scheduler.load_state_dict(meta["scheduler"])
+    scaler.load_state_dict(meta["scaler"])
+    torch.set_rng_state(tensors["random/cpu"])
+    if device.type == "cuda" and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
 
 
-def make_writable(folder: Path, new: bool) -> None:
-    """Create an output folder.
+def check_output(folder: Path, resume: bool) -> None:
+    """Refuse the output folder of a run before any time is spent on it; leaves nothing there.
 
-    Raises OSError if it can't be written, ValueError if it is to be `new` and holds a run.
+    Raises OSError if it can't be written, ValueError if it holds a run that is not to be resumed,
+    FileNotFoundError if it holds none that could be.
     """
-    if new and (folder / "last.safetensors").exists():
+    exists = (folder / "last.safetensors").exists()
+    if exists and not resume:
         raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
+    if resume and not exists:
+        raise FileNotFoundError(f"{folder} holds no run to resume: start a new one")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
         raise OSError(f"can't write to the output folder {folder}: {error.strerror}") from error
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested mappings differ: the key (`loss.alpha` where nested) and both values."""
+    for key in {**here, **there}:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def require_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another configuration or dataset than this run's.
+
+    path, there: the checkpoint and its meta data; here: those of this run. The device may differ,
+    the number of epochs too (unless the schedule depends on it), and the same data may lie in
+    another folder. Raises ValueError naming the first key that differs, and both values.
+    """
+    here = json.loads(json.dumps(here, default=str))  # as it would look after reading
+    free = {"device"} if here["train_config"]["scheduler"] == "cosine" else {"device", "epochs"}
+    parts = ["model_config", "train_config"]
+    if there["dataset"]["fingerprint"] != here["dataset"]["fingerprint"]:
+        parts.append("dataset")
+    for part in parts:
+        for key, old, new in differences(there[part], here[part]):
+            if key not in free:
+                raise ValueError(
+                    f"{path} can't be resumed: its {part.replace('_', ' ')} has {key}={old!r}, "
+                    f"this run has {new!r}"
+                )
 
 
 def git_commit() -> str:
@@ -159,7 +241,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "command": " ".join(["python -m dmd", *sys.argv[1:]]) if sys.argv else "",
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -233,7 +233,7 @@ class TrainConfig(Config):
     learning_rate, weight_decay: of Adam; the published code uses 1e-4 and no decay.
     accumulate: batches whose gradients are averaged before a step.
     clip, clip_at: bound each gradient `value`, the `norm` of all, or nothing.
-    scheduler: `plateau` halves the rate after 5 epochs without a better validation score,
+    scheduler: `plateau` halves the rate when more than 5 epochs bring no better validation score,
         `cosine` lets it fall to zero over the epochs.
     patience: stop after that many epochs without a better validation score (None: never).
     select: the validation score that picks the epoch to keep; `mae` is lowest, others highest.

@@ -1,6 +1,5 @@
 """The training loop: one readable pass over the epochs, which can be interrupted and resumed."""
 
-import json
 import math
 import signal
 import sys
@@ -14,19 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LRScheduler,
-    ReduceLROnPlateau,
-)
+from torch.optim import lr_scheduler
 
 from dmd import checkpoint
-from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
-from dmd.losses import LossTerms, objective
-from dmd.metrics import evaluate
+from dmd.losses import objective
+from dmd.metrics import compute, evaluate
 from dmd.model import DMD
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,13 +58,12 @@ def seed_everything(seed: int) -> None:
 def find_device(name: str = "auto") -> torch.device:
     """The device called `name`; `auto` is cuda, else mps, else cpu. ValueError if not there."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps_or_cpu
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()  # a device from which nothing comes back is none
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r} is not available here: try auto or cpu") from error
     return device
 
@@ -100,24 +92,32 @@ class Trainer:
     def fit(self, splits: Splits, resume: bool = False) -> History:
         """Train; with `resume` go on from the last checkpoint in the output folder.
 
-        The model ends with the weights of the chosen epoch. Raises ValueError for data that the
-        model was not built for and for a checkpoint of another configuration or dataset, OSError
-        for a folder that can't be written, NonFiniteLoss, and Interrupted.
+        The model ends in evaluation mode with the weights of the chosen epoch. Raises ValueError
+        for data that the model was not built for and for a checkpoint of another configuration or
+        dataset, OSError for a folder that can't be written, NonFiniteLoss, and Interrupted.
         """
         for split in splits:
-            self.model.check(split[:1])
+            self.model.check(split.clips)
+        selected = self.config.select
+        if math.isnan(compute(splits.valid.label, splits.valid.label)[selected]):
+            raise ValueError(
+                f"select={selected!r} is not defined for the labels of the {splits.valid.name} "
+                "split: select 'mae'"
+            )
+        if self.output is not None:
+            checkpoint.check_output(self.output, resume)
         self._start(splits)
         if resume:
             self._restore()
-        if self.output is not None:
-            checkpoint.make_writable(self.output, new=not resume)
         with self._stop_on_interrupt():
             while not self._finished():
                 self._train_epoch(splits.train)
                 self._close_epoch(splits)
         self.model.load_state_dict(self.best)
-        self.history.test = evaluate(self.model, splits.test)
-        self._write_run()
+        self.history.test = evaluate(self.model.eval(), splits.test)
+        if self.output is not None:
+            text = checkpoint.to_json(self._meta())
+            checkpoint.write_atomically(self.output / "run.json", text.encode())
         return self.history
 
     def _start(self, splits: Splits) -> None:
@@ -134,8 +134,12 @@ class Trainer:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums: dict[str, Tensor] = {}  # each loss term, summed over the clips of the epoch
         self.interrupted = False
-        self.dataset = {"name": splits.name, "options": splits.options}
-        self.dataset["fingerprint"] = splits.fingerprint()
+        self.provenance = checkpoint.provenance()
+        self.dataset = {
+            "name": splits.name,
+            "options": splits.options,
+            "fingerprint": splits.fingerprint(),
+        }
         seed_everything(config.seed)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -157,7 +161,8 @@ class Trainer:
             self._train_step(train, groups[self.step])
             self.step += 1
             self.seconds = time.perf_counter() - began
-            self._report(f"step {self.step}/{len(groups)}", end="\r")
+            if sys.stderr.isatty():
+                self._report(self.epoch + 1, f"step {self.step}/{len(groups)}", end="\r")
             if self.interrupted:
                 self._save_last()
                 saved = "" if self.output is None else f", saved in {self.output}: --resume goes on"
@@ -175,7 +180,12 @@ class Trainer:
                 output = self.model(batch)
             terms = objective(output, batch.label, config.loss)
             if not torch.isfinite(terms.total):
-                raise NonFiniteLoss(describe_failure(terms, batch))
+                broken = (name for name, x in terms.weighted.items() if not torch.isfinite(x))
+                clips = ", ".join(map(str, batch.ids or index.tolist()))
+                raise NonFiniteLoss(
+                    f"the loss term {next(broken, 'total')!r} is not finite in epoch "
+                    f"{self.epoch + 1} for the clips {clips}"
+                )
             self.scaler.scale(terms.total * (len(index) / len(group))).backward()
             for name, value in {**terms.unweighted, "total": terms.total}.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * len(index)
@@ -192,8 +202,7 @@ class Trainer:
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise NonFiniteLoss(
-                    f"the weights {name} are not finite after epoch {self.epoch + 1}: "
-                    "a lower learning rate may help"
+                    f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
         scores = evaluate(self.model, splits.valid)
         train = {name: float(total) / len(splits.train) for name, total in self.sums.items()}
@@ -202,22 +211,25 @@ class Trainer:
         row["learning_rate"] = self.optimiser.param_groups[0]["lr"]
         self.history.epochs.append({**row, "train": train, "valid": scores})
         score = scores[self.config.select] * (-1 if self.config.select == "mae" else 1)
-        improved = score > self.best_score
+        if math.isnan(score):  # the correlation of constant predictions
+            score = -math.inf
+        improved = self.epoch == 1 or score > self.best_score
         if improved:
             self.best, self.best_score = self._weights(), score
             self.history.best_epoch = self.epoch
-        if isinstance(self.scheduler, ReduceLROnPlateau):
+        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(score)
         else:
             self.scheduler.step()
         self.step, self.seconds, self.sums = 0, 0.0, {}
+        if improved:
+            # Before `last`: a run that is killed in between does this epoch again when resumed.
+            self._save("best", checkpoint.put("model", self.best), {})
         self._save_last()
-        if improved and self.output is not None:
-            tensors = {f"model/{name}": x for name, x in self.best.items()}
-            checkpoint.save(self.output / "best.safetensors", tensors, self._meta())
         self._report(
+            self.epoch,
             f"loss {train['total']:.4f}  validation MAE {scores['mae']:.4f}  "
-            f"accuracy {scores['acc2_non0']:.3f}  {row['seconds']:.1f} s"
+            f"accuracy {scores['acc2_non0']:.3f}  {row['seconds']:.1f} s",
         )
 
     def _meta(self) -> dict[str, Any]:
@@ -230,25 +242,25 @@ class Trainer:
             "seconds": self.seconds,
             "best_score": self.best_score,
             "history": asdict(self.history),
-            "provenance": checkpoint.provenance(),
+            "provenance": self.provenance,
         }
+
+    def _save(self, name: str, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
+        if self.output is not None:
+            path = self.output / f"{name}.safetensors"
+            checkpoint.save(path, tensors, {**self._meta(), **more})
 
     def _save_last(self) -> None:
         """Write all that the rest of the training depends on."""
-        if self.output is None:
-            return
-        tensors = {f"model/{name}": x for name, x in self._weights().items()}
-        tensors |= {f"best/{name}": x for name, x in self.best.items()}
-        tensors |= {f"sums/{name}": x for name, x in self.sums.items()}
-        tensors |= checkpoint.optimiser_tensors(self.optimiser)
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        meta = self._meta()
-        meta["param_groups"] = self.optimiser.state_dict()["param_groups"]
-        meta["scheduler"] = self.scheduler.state_dict()
-        meta["scaler"] = self.scaler.state_dict()
-        checkpoint.save(self.output / "last.safetensors", tensors, meta)
+        tensors = {
+            **checkpoint.put("model", self.model.state_dict()),
+            **checkpoint.put("best", self.best),
+            **checkpoint.put("sums", self.sums),
+        }
+        state, meta = checkpoint.training_state(
+            self.optimiser, self.scheduler, self.scaler, self.device
+        )
+        self._save("last", tensors | state, meta)
 
     def _restore(self) -> None:
         """Take up everything that `_save_last` wrote."""
@@ -256,36 +268,21 @@ class Trainer:
             raise ValueError("to resume, the trainer needs the output folder of the run")
         path = self.output / "last.safetensors"
         tensors, meta = checkpoint.load(path)
-        here = json.loads(json.dumps(self._meta()))
-        for part in ("model_config", "train_config", "dataset"):
-            for key, value in here[part].items():
-                if meta[part].get(key) != value and key not in ("epochs", "device"):
-                    raise ValueError(
-                        f"{path} can't be resumed: its {part.replace('_', ' ')} has {key}="
-                        f"{meta[part].get(key)!r}, this run has {value!r}"
-                    )
+        checkpoint.require_same_run(path, meta, self._meta())
         self.model.load_state_dict(checkpoint.select(tensors, "model"))
         self.best = checkpoint.select(tensors, "best")
         self.sums = {k: x.to(self.device) for k, x in checkpoint.select(tensors, "sums").items()}
-        checkpoint.restore_optimiser(self.optimiser, tensors, meta["param_groups"])
-        self.scheduler.load_state_dict(meta["scheduler"])
-        self.scaler.load_state_dict(meta["scaler"])
+        checkpoint.restore_training_state(
+            self.optimiser, self.scheduler, self.scaler, self.device, tensors, meta
+        )
         self.history = History(**meta["history"])
         self.epoch, self.step, self.seconds = meta["epoch"], meta["step"], meta["seconds"]
         self.best_score = meta["best_score"]
-        torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        if self._finished():
+            self.provenance = meta["provenance"]  # nothing is trained any more
 
-    def _write_run(self) -> None:
-        if self.output is not None:
-            text = checkpoint.to_json(self._meta())
-            checkpoint.write_atomically(self.output / "run.json", text.encode())
-
-    def _report(self, text: str, end: str = "\n") -> None:
-        if self.progress and (end == "\n" or sys.stderr.isatty()):
-            # a finished epoch has been counted already, one under way has not
-            epoch = self.epoch + (end != "\n")
+    def _report(self, epoch: int, text: str, end: str = "\n") -> None:
+        if self.progress:
             line = f"epoch {epoch}/{self.config.epochs}  {text}"
             print(f"{line:<79}", end=end, file=sys.stderr, flush=True)
 
@@ -308,17 +305,14 @@ class Trainer:
             signal.signal(signal.SIGINT, before)
 
 
-def make_scheduler(optimiser: torch.optim.Optimizer, config: TrainConfig) -> LRScheduler:
+def make_scheduler(
+    optimiser: torch.optim.Optimizer, config: TrainConfig
+) -> lr_scheduler.LRScheduler:
     """The learning-rate schedule of `config`, to be stepped at the end of each epoch."""
     if config.scheduler == "plateau":
-        return ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=5, threshold=0.0)
+        return lr_scheduler.ReduceLROnPlateau(
+            optimiser, mode="max", factor=0.5, patience=5, threshold=0.0
+        )
     if config.scheduler == "cosine":
-        return CosineAnnealingLR(optimiser, config.epochs)
-    return ConstantLR(optimiser, factor=1.0)
-
-
-def describe_failure(terms: LossTerms, batch: Batch) -> str:
-    """The sentence for a loss that is not finite: the first such term, and the clips."""
-    broken = next(name for name, x in terms.weighted.items() if not torch.isfinite(x))
-    clips = ", ".join(batch.ids) if batch.ids is not None else "without ids"
-    return f"the loss term {broken!r} is not finite for the clips {clips}"
+        return lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
+    return lr_scheduler.ConstantLR(optimiser, factor=1.0)
