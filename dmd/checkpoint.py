@@ -95,7 +95,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix/`, without it."""
-    return {k.removeprefix(f"{prefix}/"): x for k, x in tensors.items() if k.startswith(prefix)}
+    start = f"{prefix}/"
+    return {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
 
 
 def put(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
