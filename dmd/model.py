@@ -99,6 +99,7 @@ class DMD(nn.Module):
 
     def check(self, batch: Batch) -> None:
         """Refuse a batch that the model was not built for, with a ValueError that says why."""
+        weights = next(self.parameters()).dtype
         for m, (name, x) in enumerate(zip(MODALITIES, batch.features, strict=True)):
             width, steps = self.config.widths[m], self.config.lengths[m]
             if x.shape[2] != width:
@@ -110,6 +111,10 @@ class DMD(nn.Module):
                 raise ValueError(
                     f"the {name} sequences have {x.shape[1]} steps, "
                     f"but the model was built for at most {steps}"
+                )
+            if x.dtype != weights:
+                raise ValueError(
+                    f"the {name} features are {x.dtype}, but the weights are {weights}: convert one"
                 )
 
     def reinforce(

@@ -423,3 +423,8 @@ def test_the_terms_of_a_mixed_precision_pass_have_single_precision(dtype):
     assert {x.dtype for x in terms.unweighted.values()} == {torch.float32}
     exact = objective(build()(batch), batch.label, LossConfig()).total.float()
     torch.testing.assert_close(terms.total, exact, rtol=0.02, atol=0)
+
+
+def test_features_of_another_precision_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"float64.*weights are torch\.float32"):
+        build().float()(clips())
