@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("what", choices=["select", "record"])
     parser.add_argument("--allow-changes", action="store_true", help="for trying out: print only")
     args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     provenance = checkpoint.provenance()
     provenance["command"] = " ".join(["python tools/real_run.py", *sys.argv[1:]])
     provenance["sklearn"] = sklearn.__version__
