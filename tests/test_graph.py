@@ -184,3 +184,12 @@ def test_features_of_another_shape_are_refused(shape):
 def test_a_graph_needs_two_modalities(modalities):
     with pytest.raises(ValueError, match="at least 2 modalities"):
         GDUnit(WIDTH, modalities)
+
+
+def test_edge_weights_read_the_logits_that_they_are_given():
+    features, model = vectors(), unit()
+    output = model(features)
+    assert torch.equal(model.edge_weights(features, output.logits), output.edges)
+    one_moved = output.logits.clone()
+    one_moved[0] += 1
+    assert not torch.allclose(model.edge_weights(features, one_moved), output.edges)
