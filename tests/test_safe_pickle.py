@@ -231,6 +231,14 @@ def laughs(depth, kind):
     return data + b"."
 
 
+BYTEARRAY = name("builtins", "bytearray")
+
+
+def copies(original, copy):
+    """A list of what `copy` makes, 5,000 times, of the `original`, which it finds in the memo."""
+    return original + b"q\x000(" + copy * 5_000 + b"l."
+
+
 # Asks for what is not admitted, though running it would do no harm (STOP is added)
 REFUSED = {
     "codecs.encode": (call(name("codecs", "encode"), text("a"), text("rot13")), "codecs"),
@@ -371,6 +379,23 @@ BROKEN = {
         b"(" + array_of(b"M\x10\x27\x85", FLOAT, raw(bytes(40_000))) + b"2" * 20_000 + b"l.",
         "memory",
     ),
+    "copies of a text": (copies(text("x" * 10_000), BYTEARRAY + b"h\x00\x85R"), "memory"),
+    "copies that are thrown away": (
+        copies(text("x" * 10_000), BYTEARRAY + b"h\x00\x85R0" + b"N"),
+        "memory",
+    ),
+    "copies of a list as sets": (
+        copies(
+            b"](" + b"".join(b"M" + struct.pack("<H", i) for i in range(5000)) + b"e",
+            name("builtins", "set") + b"h\x00\x85R",
+        ),
+        "memory",
+    ),
+    "copies of a text as arrays": (
+        copies(text("x" * 60_000), array_of(b"M\x60\xea\x85", dtype_of("i1"), b"h\x00")),
+        "memory",
+    ),
+    "long tuple as a key": (b"}(" + b"N" * 101 + b"tNs.", "key of 101"),
     "nested tuple as a key": (b"})\x85\x85Ns.", "key"),
     "array as a key": (b"}" + array_of(b")", FLOAT, raw(bytes(4))) + b"Ns.", "key"),
     "list in a set": (b"\x80\x04\x8f(]\x90.", "key"),

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 ADMITTED = "numpy arrays and scalars, builtin containers, text, bytes and numbers"
+TOO_LARGE = "its parts, counted as often as they occur, would fill the memory"
+MAX_KEY = 100  # parts of a tuple that is a key: each use of it takes a look at all of them
 MAX_DEPTH = 100  # containers within containers; datasets have about four
 LATIN1 = ("latin1", "latin-1")
 SPECIFICATION = re.compile(r"[<>|=]?[biufcSUO][0-9]{0,6}")  # of an admitted dtype
@@ -35,6 +37,7 @@ def key(x: Any) -> Any:
     Nested tuples may not: where they share their parts, hashing one can take for ever.
     """
     parts = x if type(x) is tuple else (x,)
+    require(len(parts) <= MAX_KEY, f"a key of {len(parts)} parts")
     plain = all(type(part) in SCALARS or isinstance(part, np.generic) for part in parts)
     require(plain, "a key that is neither text, bytes, a number nor a tuple of these")
     return x
@@ -183,7 +186,7 @@ def check_result(root: Any, limit: int) -> None:
                 _bytes_of(c) if type(c) in SCALARS else sizes[id(c)] for c in children
             )
             if size > limit:
-                raise Refusal("its parts, counted as often as they occur, would fill the memory")
+                raise Refusal(TOO_LARGE)
             above.remove(id(x))
             todo.pop()
         else:

@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -23,7 +24,8 @@ import numpy as np
 from dmd.data import pickle_values as values
 from dmd.data.pickle_values import Refusal, require
 
-MAX_EXPANSION = 100  # bytes of the result, shared parts counted each time, a byte of the file
+# Bytes a byte of the file: of the result, shared parts counted each time, and of what calls make.
+MAX_EXPANSION = 100
 MAX_INTEGER = 255  # bytes or digits of an integer
 OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file: unpack it first",
@@ -94,6 +96,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each mark
         self.memo: dict[int, Any] = {}
+        self.room = MAX_EXPANSION * len(data)  # bytes that calls may still make
 
     def run(self) -> Any:
         """Carry out the opcodes up to STOP, which has to be the last byte."""
@@ -232,11 +235,20 @@ class _Machine:
         require(type(function) is FunctionType, "a call of something that is no function")
         require(type(arguments) is tuple, "a call with broken arguments")
         self.push(function(*arguments))
+        self.made()
+
+    def made(self) -> None:
+        """Count what a call has made: a few bytes can copy one long text again and again."""
+        x = self.stack[-1]
+        self.room -= x.nbytes if type(x) is np.ndarray else sys.getsizeof(x)
+        if self.room < 0:
+            raise Refusal(values.TOO_LARGE)
 
     def build(self) -> None:
         state, x = self.pop(), self.stack[-1]
         if type(x) is np.ndarray:
             values.set_array(x, state)
+            self.made()
         elif isinstance(x, np.dtype):
             values.set_byte_order(x, state)
         else:
