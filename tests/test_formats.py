@@ -452,6 +452,16 @@ def test_mult_ids_of_every_kind(ids, path):
     assert load_quietly(mult, write(path, content)).valid.clips.ids == ["one", "two", "three"]
 
 
+def test_mult_without_ids(path):
+    content = mult_content()
+    expected = load_quietly(mult, write(path, content)).fingerprint()
+    for values in content.values():
+        del values["id"]
+    found = load_quietly(mult, write(path, content))
+    assert found.fingerprint() == expected
+    assert all(split.clips.ids is None for split in found)
+
+
 def test_mult_padding_moves_from_the_left_to_the_right(path):
     content = mult_content()
     x = content["train"]["audio"]
@@ -511,6 +521,22 @@ def test_both_formats_are_found_by_name(path):
         assert data.load("mmsa", path=str(path)).name == "mmsa"
     with pytest.raises(ValueError, match="path="):
         data.load("mmsa")
+    with pytest.raises(ValueError, match="language=5"):
+        data.load("mmsa", path=path, language=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("mmsa", {"path": None}, "needs the option path"),
+        ("mmsa", {"path": 5}, "path=5 is not the path"),
+        ("mult", {"path": b"clips.pkl"}, "is not the path"),
+        ("mosi_utterances", {"root": 5}, "root=5 is not the path"),
+    ],
+)
+def test_what_is_no_path_is_refused(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        data.load(name, **options)
 
 
 # sanitise

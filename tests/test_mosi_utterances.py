@@ -224,6 +224,9 @@ def test_labels_that_disagree_are_an_error(small):
         ({"valid_share": float("nan")}, "valid_share must be a number between 0 and 1, not nan"),
         ({"valid_share": "some"}, "valid_share must be a number between 0 and 1, not 'some'"),
         ({"seed": None}, "seed must be a whole number, not None"),
+        ({"context": True}, "context must be a whole number, 0 or more, not True"),
+        ({"seed": True}, "seed must be a whole number, not True"),
+        ({"standardise": "no"}, "standardise='no' is neither True nor False"),
         ({"contxt": 1}, "did you mean 'context'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Datasets: one loader a format, and `load`, which finds the loader by name."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,11 @@ def load(name: str, /, **options: Any) -> Splits:
         if key not in known:
             raise ValueError(nearest(key, known, f"option of dataset {name!r}"))
     for key, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and key not in options:
+        if parameter.default is inspect.Parameter.empty and options.get(key) is None:
             raise ValueError(f"dataset {name!r} needs the option {key}=...")
+    for key in {"path", "root"} & options.keys():
+        if not isinstance(options[key], str | os.PathLike | None):
+            raise ValueError(f"{key}={options[key]!r} is not the path of a file or folder")
     return LOADERS[name](**options)
 
 

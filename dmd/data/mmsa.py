@@ -50,6 +50,8 @@ def load(path: str | os.PathLike[str], language: str = "text") -> Splits:
     with one sentence that names the file and the field.
     """
     path = Path(path)
+    if not isinstance(language, str):
+        raise ValueError(f"language={language!r} is not the name of a key: use language='text'")
     if language == "text_bert":
         raise ValueError(
             f"{path}: 'text_bert' holds BERT token ids, not features: use language='text'"

@@ -174,12 +174,14 @@ def load(
     Raises ValueError for a bad option or a file whose SHA-256 is not the published one, and
     FileNotFoundError for a missing file.
     """
-    if not isinstance(context, int) or context < 0:
+    if type(context) is not int or context < 0:  # True is an int too
         raise ValueError(f"context must be a whole number, 0 or more, not {context!r}")
     if not isinstance(valid_share, int | float) or not 0 < valid_share < 1:
         raise ValueError(f"valid_share must be a number between 0 and 1, not {valid_share!r}")
-    if not isinstance(seed, int):
+    if type(seed) is not int:
         raise ValueError(f"seed must be a whole number, not {seed!r}")
+    if not isinstance(standardise, bool):
+        raise ValueError(f"standardise={standardise!r} is neither True nor False")
     folder = default_root() if root is None else Path(root)
     known, test = _utterances(folder, "train"), _utterances(folder, "test")
 

@@ -2,7 +2,7 @@
 
 A file maps each of `train`, `valid`, `test` to: `vision`, `text` and `audio` (N, T, D), padded
 with zeros on the left, `labels` (N, 1, 1) and `id`, a text a clip or three parts (video, start
-and end), which may be bytes.
+and end), which may be bytes; a file may leave `id` out.
 """
 
 import os
@@ -42,7 +42,8 @@ def load(path: str | os.PathLike[str]) -> Splits:
         sequences = PerModality(
             *(_sequences(fields, key, clips) for key in ("text", "vision", "audio"))
         )
-        return make_dataset(fields, sequences, labels, fields.texts("id", clips, join="$_$"))
+        ids = fields.texts("id", clips, join="$_$") if "id" in fields else None
+        return make_dataset(fields, sequences, labels, ids)
 
     return read_splits(path, read, NAME, {"path": str(path)})
 

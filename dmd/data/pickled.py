@@ -190,7 +190,7 @@ def make_dataset(
     fields: Fields,
     sequences: PerModality[Sequences],
     labels: np.ndarray,
-    ids: list[str],
+    ids: list[str] | None,
     transcripts: list[str] | None = None,
 ) -> Dataset:
     """The dataset of one split; features have numbers for names, because the files name none."""

@@ -104,8 +104,8 @@ def load(
         decoys (N, 3, 3, 2): by modality, time of each decoy and its share of the mean valence.
     Raises ValueError for an unknown size, and for widths, lengths or a seed that can't be.
     """
-    if size not in SIZES:
-        raise ValueError(nearest(size, SIZES, "size of the synthetic dataset"))
+    if not isinstance(size, str) or size not in SIZES:
+        raise ValueError(nearest(str(size), SIZES, "size of the synthetic dataset"))
     shape = SIZES[size]
     if not isinstance(aligned, bool):
         raise ValueError(f"aligned={aligned!r} is neither True nor False")
@@ -117,7 +117,7 @@ def load(
             f"lengths={lengths}: aligned clips have one step a word in every modality; "
             "give three equal lengths or aligned=False"
         )
-    if not isinstance(seed, int) or seed < 0:
+    if type(seed) is not int or seed < 0:  # True is an int too
         raise ValueError(f"seed={seed!r} is not a whole number of 0 or more")
     rng = _stream(seed, 0)
     lexicon = vocabulary.Lexicon(rng, widths[0])
@@ -153,7 +153,7 @@ def _triple(name: str, value: Any) -> Triple:
     if (
         not isinstance(value, list | tuple)
         or len(value) != 3
-        or not all(isinstance(v, int) and v > 0 for v in value)
+        or not all(type(v) is int and v > 0 for v in value)
     ):
         raise ValueError(
             f"{name} must be three positive integers (language, visual, acoustic), not {value}"
