@@ -72,6 +72,13 @@ def test_the_seed_alone_changes_order_and_dropout():
     assert losses(0) == losses(0) != losses(0, **still)  # dropout is on while training
 
 
+def test_a_model_in_evaluation_mode_is_trained_with_dropout_too():
+    start, net = tiny.model(), tiny.model().eval()
+    Trainer(start, tiny.config(epochs=1)).fit(tiny.splits())
+    Trainer(net, tiny.config(epochs=1)).fit(tiny.splits())
+    assert tiny.same(start.state_dict(), net.state_dict())
+
+
 def test_every_epoch_has_another_order_and_sees_every_clip_once(monkeypatch):
     taken = []
     get = Dataset.__getitem__
