@@ -42,7 +42,7 @@ def splits_of():
         split_of(
             "train",
             [-3.0, 2.6, 0.5, 1.5, -2.5],
-            ["a_b_1", "a_b_2", "a_1", "c$_$1_2", "c$_$2_3"],
+            ["a_b_1", "a_b_2", "a_1", "c$_$1_2", "c$_$2_3$_$4"],
             [[1, 2, 5], [3, 6, 5], [3, 4, 5], [2, 1, 5], [4, 5, 5]],
             holes,
         ),
@@ -58,7 +58,7 @@ def test_describe_counts_what_is_there():
     assert list(found["splits"]) == ["train", "valid", "test"]
     train, valid, test = found["splits"].values()
     assert [s["clips"] for s in (train, valid, test)] == [5, 1, 2]
-    # a_b, a and c: an id that holds `$_$` is cut there, any other at its last `_`
+    # a_b, a and c: an id that holds `$_$` is cut at the first, any other at its last `_`
     assert [s["videos"] for s in (train, valid, test)] == [3, 1, None]
     assert train["labels"] == {"-3": 1, "-2": 1, "-1": 0, "0": 1, "1": 0, "2": 1, "3": 1}
     assert test["labels"]["1"] == 2

@@ -13,7 +13,7 @@ CLASSES = range(-3, 4)
 def describe(splits: Splits) -> dict[str, Any]:
     """Counts of the three splits, as values that JSON can hold.
 
-    For each split: clips; videos (what stands in an id before `$_$`, or else before its last
+    For each split: clips; videos (what stands in an id before the first `$_$`, or else before its last
     `_`; None without ids); labels, the clips in each of the seven classes of rounded scores;
     and for each modality its width, its padded steps, the least, median and most valid steps,
     and what may be missing: values that are not finite (padding included), features that are
@@ -49,8 +49,9 @@ def _describe(split: Dataset) -> dict[str, Any]:
 
 
 def _video(clip: str) -> str:
-    separator = "$_$" if "$_$" in clip else "_"
-    return clip.rpartition(separator)[0] or clip
+    if "$_$" in clip:  # MulT's ids have it twice: video, start, end
+        return clip.partition("$_$")[0]
+    return clip.rpartition("_")[0] or clip
 
 
 def table(splits: Splits) -> str:
