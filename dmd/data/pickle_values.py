@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 ADMITTED = "numpy arrays and scalars, builtin containers, text, bytes and numbers"
-TOO_LARGE = "its parts, counted as often as they occur, would fill the memory"
+TOO_LARGE = "parts that, counted as often as they occur, would fill the memory"
 MAX_KEY = 100  # parts of a tuple that is a key: each use of it takes a look at all of them
 MAX_DEPTH = 100  # containers within containers; datasets have about four
 LATIN1 = ("latin1", "latin-1")
@@ -185,8 +185,7 @@ def check_result(root: Any, limit: int) -> None:
             sizes[id(x)] = size = _bytes_of(x) + sum(
                 _bytes_of(c) if type(c) in SCALARS else sizes[id(c)] for c in children
             )
-            if size > limit:
-                raise Refusal(TOO_LARGE)
+            require(size <= limit, TOO_LARGE)
             above.remove(id(x))
             todo.pop()
         else:

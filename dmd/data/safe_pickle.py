@@ -235,14 +235,13 @@ class _Machine:
         require(type(function) is FunctionType, "a call of something that is no function")
         require(type(arguments) is tuple, "a call with broken arguments")
         self.push(function(*arguments))
-        self.made()
+        self.count()
 
-    def made(self) -> None:
+    def count(self) -> None:
         """Count what a call has made: a few bytes can copy one long text again and again."""
         x = self.stack[-1]
         self.room -= x.nbytes if type(x) is np.ndarray else sys.getsizeof(x)
-        if self.room < 0:
-            raise Refusal(values.TOO_LARGE)
+        require(self.room >= 0, values.TOO_LARGE)
 
     def build(self) -> None:
         state, x = self.pop(), self.stack[-1]
