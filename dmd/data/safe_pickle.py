@@ -247,7 +247,7 @@ class _Machine:
         state, x = self.pop(), self.stack[-1]
         if type(x) is np.ndarray:
             values.set_array(x, state)
-            self.made()
+            self.count()
         elif isinstance(x, np.dtype):
             values.set_byte_order(x, state)
         else:

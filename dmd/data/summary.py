@@ -13,11 +13,11 @@ CLASSES = range(-3, 4)
 def describe(splits: Splits) -> dict[str, Any]:
     """Counts of the three splits, as values that JSON can hold.
 
-    For each split: clips; videos (what stands in an id before the first `$_$`, or else before
-    its last `_`; None without ids); labels, the clips in each of the seven classes of rounded
-    scores; and for each modality its width, its padded steps, the least, median and most valid steps,
-    and what may be missing: values that are not finite (padding included), features that are
-    zero in all clips, clips that are zero in all features, both at the valid steps.
+    For each split: clips; videos (what stands in an id before the first `$_$`, or else before its
+    last `_`; None without ids); labels, the clips in each of the seven classes of rounded scores;
+    and for each modality its width, its padded steps, the least, median and most valid steps, and
+    what may be missing: values that are not finite (padding included), features that are zero in
+    all clips, clips that are zero in all features, both at the valid steps.
     """
     return {"name": splits.name, "splits": {split.name: _describe(split) for split in splits}}
 
