@@ -1,0 +1,115 @@
+"""The recorded results: complete, consistent in themselves, and made from a commit."""
+
+import json
+import re
+import statistics
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import real_run
+
+from dmd.config import LossConfig, ModelConfig, TrainConfig
+from dmd.data import mosi_utterances
+
+RESULTS = Path(__file__).parent.parent / "data" / "results"
+FILES = sorted(RESULTS.glob("*.json"))
+PROVENANCE = {"date", "commit", "command", "python", "torch", "numpy", "machine", "threads"}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def record():
+    return read(RESULTS / real_run.RECORD)
+
+
+@pytest.fixture
+def selection():
+    return read(RESULTS / real_run.SELECTION)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_provenance(path):
+    provenance = read(path)["provenance"]
+    assert provenance.keys() >= {*PROVENANCE, "seconds"}
+    assert re.fullmatch("[0-9a-f]{40}", provenance["commit"])  # `-dirty` would not match
+    assert datetime.fromisoformat(provenance["date"]).tzinfo is not None
+    assert provenance["seconds"] > 0
+    assert not re.search(r"/(work|tmp|home|root)/", path.read_text())
+
+
+with_seeds = [path for path in FILES if "runs" in read(path)]
+
+
+@pytest.mark.parametrize("path", with_seeds, ids=lambda path: path.name)
+def test_means_are_those_of_five_different_seeds(path):
+    result = read(path)
+    runs = result["runs"]
+    assert [run["seed"] for run in runs] == list(range(5))
+    assert all(run["seconds"] > 0 for run in runs)
+    for name, mean in result["mean"].items():
+        values = [run["test"][name] for run in runs]
+        assert len(set(values)) > 1  # the seed does something
+        assert mean == pytest.approx(statistics.mean(values), abs=1e-12)
+        spread = statistics.stdev(values)
+        assert result["standard_deviation"][name] == pytest.approx(spread, abs=1e-12)
+
+
+def test_the_record_trains_what_was_selected(record, selection):
+    best = max(selection["candidates"], key=lambda row: row["score"])
+    assert selection["selected"] == real_run.options(best["changes"])
+    for row in selection["candidates"]:
+        assert row["score"] == pytest.approx(statistics.mean(row["curve"][-5:]))
+    data = {**selection["selected"]["data"], "valid_share": real_run.VALID_SHARE}
+    assert record["configuration"] == {**selection["selected"], "data": data}
+    assert record["selection"]["commit"] == selection["provenance"]["commit"]
+    ModelConfig.from_dict(record["configuration"]["model"])  # options that still exist
+    LossConfig.from_dict(record["configuration"]["loss"])
+    TrainConfig.from_dict(record["configuration"]["train"])
+
+
+def test_the_record_adds_up(record):
+    """Shares are whole utterances; differences are those of the numbers beside them."""
+    accuracies = [run["test"][real_run.METRIC] for run in record["runs"]]
+    for share in (*accuracies, *record["logistic_regression"].values(), record["majority_class"]):
+        count = share * record["utterances"]
+        assert count == pytest.approx(round(count), abs=1e-6)
+    for name, row in record["against_logistic_regression"].items():
+        difference = statistics.mean(accuracies) - record["logistic_regression"][name]
+        assert row["difference"] == pytest.approx(difference, abs=1e-12)
+        for kind in ("interval_utterances", "interval_videos"):
+            low, high = row[kind]
+            assert low < row["difference"] < high
+    assert sum(run["seconds"] for run in record["runs"]) <= record["seconds"] + 1
+
+
+def test_logistic_regression_is_reproduced(record):
+    root = mosi_utterances.default_root()
+    if not mosi_utterances.candidates(root, "transcripts.csv"):
+        pytest.skip(f"no CMU-MOSI utterances below {root}: set DMD_DATA")
+    test = real_run.utterances("test")
+    right = real_run.logistic(real_run.utterances("train"), test)
+    for name, share in record["logistic_regression"].items():
+        # solvers of other versions may put an utterance or two on the other side
+        assert right[name].mean() == pytest.approx(share, abs=2.5 / len(test.video))
+    assert record["majority_class"] == max((test.label < 0).mean(), (test.label > 0).mean())
+
+
+def test_the_interval_covers_a_known_mean():
+    difference = np.random.default_rng(1).normal(0.3, 1.0, size=2_000)
+    low, high = real_run.interval(difference, np.arange(len(difference)))
+    half = 1.96 * difference.std() / np.sqrt(len(difference))
+    assert low == pytest.approx(difference.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(difference.mean() + half, abs=0.1 * half)
+
+
+def test_the_interval_draws_whole_groups():
+    """Ten copies of each value carry no more evidence than one."""
+    values = np.random.default_rng(2).normal(size=60)
+    single = real_run.interval(values, np.arange(60))
+    copied = real_run.interval(np.repeat(values, 10), np.repeat(np.arange(60), 10))
+    assert copied == pytest.approx(single, abs=1e-9)
