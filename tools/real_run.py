@@ -6,9 +6,10 @@
 Each command writes one file below data/results, from a checkout without uncommitted changes.
 The data are looked for as `dmd.data.load("mosi_utterances")` does ($DMD_DATA).
 
-Why `select` needs a replica. The language and visual features were made by networks that had been
-trained with the labels of all training videos, so on held-out training videos they tell the label
-almost perfectly, which they do not on the test split: such a validation split can't choose. The
+Why `select` needs a replica. The language features were made by a network that had been trained
+with the labels of all training videos, and the visual ones behave as if they had been, too: on
+held-out training videos both tell the label almost perfectly (`leak` in the record), which they
+do not on the test split. Such a validation split can't choose. The
 replica makes the situation of the test split out of the training videos alone. In each of five
 folds a small text network learns from the transcripts of the other folds, and its hidden layer
 takes the place of the language features: too good where it was trained, honest on the fold that
@@ -53,6 +54,8 @@ SEEDS = range(5)
 FOLDS = 5
 DRAWS = 10_000
 VALID_SHARE = 0.05
+TARGET = 0.770  # logistic regression on all features, as stated before this run
+STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)  # C of logistic regression; 1 is the default
 METRIC = "acc2_non0"
 METRICS = (METRIC, "f1_non0", "mae", "corr")  # the labels are -1 and +1: the others say no more
 SETS = {name: [m] for m, name in enumerate(MODALITIES)} | {"all": [0, 1, 2]}
@@ -94,11 +97,21 @@ SELECTION_NOTES = [
     "features, which give away the training labels and nothing else.",
 ]
 NOTES = [
-    "The validation accuracy of a run says nothing: the language and visual features were made by "
-    "networks trained with the labels of the validation videos too.",
+    "The validation accuracy of a run says nothing, see `leak`: logistic regression tells the "
+    "labels of held-out training videos from the given language and visual features as it never "
+    "does on the test split.",
     "The training keeps the epoch with the lowest mean absolute error on that validation split.",
     "Logistic regression sees single utterances and all training videos; DMD sees the preceding "
     "utterances of the video as well, and does not train on the few validation videos.",
+    "The options of DMD were chosen without the test split, and not changed after it was seen. "
+    "Logistic regression was run on the test split with every strength listed, and DMD is compared "
+    "with the best of them, which favours logistic regression. The strengths were added after a "
+    "first run of this record, which compared with the default strength alone; the accuracies of "
+    "DMD were the same in both runs.",
+    "What may explain the result (in agreement with the replica, not proved): nearly all that "
+    "carries over to new videos is in the language vector, which is already a layer of a trained "
+    "classifier; what the visual features say of training labels does not carry over; and the "
+    "training utterances look solved from their own words, so that context is hardly learnt.",
 ]
 
 
@@ -129,12 +142,17 @@ def text_features(transcripts: np.ndarray, label: np.ndarray, train: np.ndarray)
     return np.maximum(x @ network.coefs_[0] + network.intercepts_[0], 0)
 
 
+def folds(known: Utterances) -> np.ndarray:
+    """The fold (N,) of each utterance; those of a video are together."""
+    names = np.random.RandomState(0).permutation(sorted(set(known.video)))
+    fold_of = {video: n % FOLDS for n, video in enumerate(names)}
+    return np.array([fold_of[video] for video in known.video])
+
+
 def replica() -> list[tuple[Utterances, Utterances]]:
     """For each fold the utterances to train on, and those held out with honest features."""
     known = utterances("train")
-    names = np.random.RandomState(0).permutation(sorted(set(known.video)))
-    fold_of = {video: n % FOLDS for n, video in enumerate(names)}
-    fold = np.array([fold_of[video] for video in known.video])
+    fold = folds(known)
     parts = []
     for n in range(FOLDS):
         language = text_features(np.array(known.transcript), known.label, fold != n)
@@ -150,14 +168,33 @@ def replica() -> list[tuple[Utterances, Utterances]]:
     return parts
 
 
-def logistic(train: Utterances, test: Utterances) -> dict[str, np.ndarray]:
-    """For each modality, and all of them, which test utterances (N,) logistic regression gets."""
+def logistic(train: Utterances, test: Utterances, c: float = 1.0) -> dict[str, np.ndarray]:
+    """For each modality, and all of them, which test utterances (N,) logistic regression gets.
+
+    c: the inverse of the strength of its regularisation.
+    """
     right = {}
     for name, members in SETS.items():
         x, x_test = (np.hstack([part.features[m] for m in members]) for part in (train, test))
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=10_000))
         right[name] = model.fit(x, train.label).predict(x_test) == test.label
     return right
+
+
+def shares(right: dict[str, np.ndarray]) -> dict[str, float]:
+    """The share of utterances that are right, by modality."""
+    return {name: float(x.mean()) for name, x in right.items()}
+
+
+def leak() -> dict[str, float]:
+    """Accuracy of logistic regression on held-out training videos with the features as given."""
+    known = utterances("train")
+    fold = folds(known)
+    right = []
+    for n in range(FOLDS):
+        train, held_out = (known[np.flatnonzero(x).tolist()] for x in (fold != n, fold == n))
+        right.append(logistic(train, held_out))
+    return shares({name: np.concatenate([x[name] for x in right]) for name in SETS})
 
 
 def replica_accuracy(chosen: Options, parts: list[tuple[Utterances, Utterances]]) -> list[float]:
@@ -259,12 +296,13 @@ def record() -> dict[str, Any]:
     runs, right = zip(*(train_seed(chosen, seed) for seed in SEEDS), strict=True)
     seconds = time.perf_counter() - began
     test = utterances("test")
-    baseline = logistic(utterances("train"), test)
+    baseline = {c: logistic(utterances("train"), test, c) for c in STRENGTHS}
+    best = max(STRENGTHS, key=lambda c: baseline[c]["all"].mean())
     mean_right = np.mean(right, axis=0)
     values = {name: [run["test"][name] for run in runs] for name in METRICS}
     comparison = {}
-    for name, members in baseline.items():
-        difference = mean_right - members
+    for name, baseline_right in baseline[best].items():
+        difference = mean_right - baseline_right
         comparison[name] = {
             "difference": float(difference.mean()),
             "interval_utterances": interval(difference, np.arange(len(difference))),
@@ -281,7 +319,14 @@ def record() -> dict[str, Any]:
         "runs": runs,
         "mean": {name: statistics.mean(x) for name, x in values.items()},
         "standard_deviation": {name: statistics.stdev(x) for name, x in values.items()},
-        "logistic_regression": {name: float(x.mean()) for name, x in baseline.items()},
+        "logistic_regression": {
+            "c": best,
+            "test": shares(baseline[best]),
+            "by_c": [{"c": c, "test": shares(right)} for c, right in baseline.items()],
+            "leak": leak(),
+        },
+        "target": TARGET,
+        "target_beaten": statistics.mean(values[METRIC]) > TARGET,
         "majority_class": float(max((test.label > 0).mean(), (test.label < 0).mean())),
         "utterances": len(test.video),
         "videos": len(set(test.video)),
