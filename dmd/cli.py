@@ -248,7 +248,8 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     pairs: dict[str, Any] = {"nargs": "+", "metavar": "KEY=VALUE", "default": []}
     words: dict[str, Any] = {"nargs": "+", "metavar": ("NAME", "KEY=VALUE")}
-    words["help"] = f"dataset ({', '.join(LOADERS)}) and its options"
+    words["help"] = f"dataset ({', '.join(LOADERS)}), then its options as KEY=VALUE"
+    dataset = {**words, "metavar": "DATASET"}  # a positional argument can't have two names
 
     def add(commands: Any, name: str, run: Any, device: bool = False, json: bool = True) -> Parser:
         command = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
@@ -288,9 +289,9 @@ def make_parser() -> Parser:
     command = add(data, "fetch", data_fetch, json=False)
     command.add_argument("name", choices=["mosi_utterances"])
     command.add_argument("--to", help="folder (default: data/downloads/NAME)")
-    add(data, "inspect", data_inspect).add_argument("data", **words)
+    add(data, "inspect", data_inspect).add_argument("data", **dataset)
     command = add(data, "export", data_export, json=False)
-    command.add_argument("data", **words)
+    command.add_argument("data", **dataset)
     command.add_argument("--format", choices=["mmsa"], default="mmsa")
     command.add_argument("--output", required=True, help="file to write")
     return parser
@@ -309,6 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         except (ValueError, OSError) as error:
             complain(error)
+            return 2
+        except (MemoryError, torch.OutOfMemoryError):
+            complain("not enough memory: try smaller lengths, widths or batches")
             return 2
         except NonFiniteLoss as error:
             complain(f"{error}: a lower learning rate may help; the last good checkpoint is kept")

@@ -290,6 +290,27 @@ def test_python_m_dmd_gives_help_and_exit_codes():
         assert (done.stdout if code == 0 else done.stderr) != ""
 
 
+@pytest.mark.parametrize(
+    "words", ["train", "evaluate", "predict", "data", "data fetch", "data inspect", "data export"]
+)
+def test_each_command_has_help_and_says_what_it_misses(words, capsys):
+    for more, code in (["--help"], 0), ([], 2):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words.split(), *more])
+        printed = capsys.readouterr()
+        assert stop.value.code == code
+        assert words in (printed.out if code == 0 else printed.err)
+
+
+def test_too_little_memory_is_one_sentence(run, monkeypatch):
+    def greedy(args):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "data_inspect", greedy)
+    code, _, error = run("data", "inspect", "synthetic")
+    assert code == 2 and error.startswith("dmd: not enough memory") and error.count("\n") == 1
+
+
 def test_warnings_are_one_line_and_as_before_afterwards(run, monkeypatch):
     def noisy(args):
         warnings.warn("something\n  odd", stacklevel=1)
