@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             complain(error)
             return 2
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             complain("not enough memory: try smaller lengths, widths or batches")
             return 2
         except NonFiniteLoss as error:
