@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -358,7 +359,7 @@ def test_provenance_says_what_ran_where(finished):
     assert last["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", last["date"])
     assert (last["gpu"] is None) == (not torch.cuda.is_available())
-    assert "pytest" in last["command"] or "execnet" in last["command"]
+    assert shlex.split(last["command"]) == ["python", *sys.orig_argv[1:]]
     head = git("rev-parse", "HEAD")
     if head:
         assert checkpoint.git_commit().removesuffix("-dirty") == git("rev-parse", "HEAD")

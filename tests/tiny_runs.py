@@ -5,6 +5,7 @@ import torch
 from dmd import DMD, Batch, ModelConfig, PerModality, TrainConfig, seed_everything
 from dmd.data import Dataset, Splits
 
+torch.set_num_threads(1)  # more would only wait for each other
 WIDTHS, LENGTHS = (4, 3, 2), (5, 4, 3)
 
 
