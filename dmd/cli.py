@@ -26,8 +26,6 @@ from dmd.metrics import evaluate
 from dmd.model import DMD
 from dmd.trainer import Interrupted, NonFiniteLoss, Trainer, find_device, seed_everything
 
-SPLITS = ("train", "valid", "test")
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, with the nearest option for a typo."""
@@ -111,9 +109,9 @@ def train(args: argparse.Namespace) -> None:
     ModelConfig.preset(args.preset, **overrides)
     checkpoint.check_output(Path(args.output), args.resume)
     splits = load_data(args.data)
-    sizes = {"widths": splits.widths, "lengths": splits.lengths}
+    sizes = {"widths": splits.widths, "lengths": splits.lengths, **overrides}
     seed_everything(config.seed)
-    model = DMD(ModelConfig.preset(args.preset, **{**sizes, **overrides}))
+    model = DMD(ModelConfig.preset(args.preset, **sizes))
     trainer = Trainer(model, config, output=args.output, progress=not args.quiet)
     history = trainer.fit(splits, resume=args.resume)
     if args.json:
@@ -195,22 +193,20 @@ def read_clips(path: Path) -> Batch:
 def predict(args: argparse.Namespace) -> None:
     """`dmd predict`: predictions and the edges of both graphs for clips in an npz file."""
     device = find_device(args.device)
-    model, _ = checkpoint.load_model(args.checkpoint)
+    model = checkpoint.load_model(args.checkpoint)[0].to(device)
     clips = read_clips(Path(args.input))
     try:
         model.check(clips)
     except ValueError as error:
         raise ValueError(f"{args.input} does not fit {args.checkpoint}: {error}") from error
-    model.to(device)
     parts = []
     with torch.inference_mode():
         for index in torch.arange(len(clips)).split(args.batch_size):
             output = model(clips[index].to(device))
             parts.append((output.prediction, output.homo.edges, output.hetero.edges))
-    prediction, homo, hetero = (
-        torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)
-    )
-    result: dict[str, Any] = {"prediction": prediction, "homo_edges": homo, "hetero_edges": hetero}
+    joined = [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
+    names = ("prediction", "homo_edges", "hetero_edges")
+    result: dict[str, Any] = dict(zip(names, joined, strict=True))
     if clips.ids is not None:
         result["ids"] = np.array(clips.ids)
     if args.output is not None:
@@ -220,8 +216,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.json:
         print(checkpoint.to_json({name: x.tolist() for name, x in result.items()}))
     else:
-        labels = clips.ids or range(len(clips))
-        for label, score in zip(labels, result["prediction"], strict=True):
+        for label, score in zip(clips.ids or range(len(clips)), result["prediction"], strict=True):
             print(f"{label}\t{score:+.3f}")
 
 
@@ -276,7 +271,7 @@ def make_parser() -> Parser:
     command = add(commands, "evaluate", evaluate_checkpoint, device=True)
     command.add_argument("checkpoint", help="checkpoint file or output folder of a run")
     command.add_argument("--data", **{**words, "help": "default: what the model was trained on"})
-    command.add_argument("--split", choices=SPLITS, default="test")
+    command.add_argument("--split", choices=["train", "valid", "test"], default="test")
 
     command = add(commands, "predict", predict, device=True)
     command.add_argument("checkpoint", help="checkpoint file or output folder of a run")
