@@ -66,6 +66,11 @@ def to_json(data: Any) -> str:
     return json.dumps(plain(data), indent=2, allow_nan=False, default=str)
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Write `to_json(data)` to a file, atomically."""
+    write_atomically(path, to_json(data).encode())
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and `meta`, as JSON, to one file, atomically."""
     plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}

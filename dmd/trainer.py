@@ -109,6 +109,8 @@ class Trainer:
         self._start(splits)
         if resume:
             self._restore()
+        else:
+            self._save_last()  # killed at any moment from here on, there is something to load
         with self._stop_on_interrupt():
             while not self._finished():
                 self._train_epoch(splits.train)
@@ -116,8 +118,7 @@ class Trainer:
         self.model.load_state_dict(self.best)
         self.history.test = evaluate(self.model.eval(), splits.test)
         if self.output is not None:
-            text = checkpoint.to_json(self._meta())
-            checkpoint.write_atomically(self.output / "run.json", text.encode())
+            checkpoint.write_json(self.output / "run.json", self._meta())
         return self.history
 
     def _start(self, splits: Splits) -> None:

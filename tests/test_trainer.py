@@ -343,7 +343,25 @@ def test_weights_that_are_not_finite_are_never_saved(monkeypatch, tmp_path):
     config = tiny.config(batch_size=100)
     with pytest.raises(NonFiniteLoss, match=r"weights shallow.0.convolution.weight are not finite"):
         Trainer(net, config, tmp_path / "run").fit(tiny.splits())
-    assert not (tmp_path / "run").exists()
+    saved, meta = checkpoint.load(tmp_path / "run" / "last.safetensors")
+    assert meta["epoch"] == 0 and all(torch.isfinite(x).all() for x in saved.values())
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_there_is_something_to_load_before_the_first_step(monkeypatch, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    net = tiny.model()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(Killed):
+        Trainer(net, tiny.config(), tmp_path / "run").fit(tiny.splits())
+    loaded = dmd.load_model(tmp_path / "run" / "last.safetensors")[0].state_dict()
+    assert tiny.same(loaded, before)
 
 
 def test_data_of_other_sizes_are_refused_before_anything_is_written(tmp_path):
