@@ -45,6 +45,7 @@ from dmd import checkpoint
 from dmd.batch import MODALITIES
 from dmd.config import ModelConfig, TrainConfig
 from dmd.data import Splits, load, mosi_utterances
+from dmd.data.mosi_utterances import Utterances
 from dmd.model import DMD
 from dmd.trainer import Trainer, seed_everything
 
@@ -59,7 +60,6 @@ STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)  # C of logistic regression; 1 is th
 METRIC = "acc2_non0"
 METRICS = (METRIC, "f1_non0", "mae", "corr")  # the labels are -1 and +1: the others say no more
 SETS = {name: [m] for m, name in enumerate(MODALITIES)} | {"all": [0, 1, 2]}
-Utterances = mosi_utterances._Utterances
 Options = dict[str, dict[str, Any]]
 
 # One share of the options is the same for all candidates, decided beforehand: the model is small,
@@ -127,7 +127,7 @@ def options(candidate: Options) -> Options:
 
 def utterances(split: str) -> Utterances:
     """The utterances of one of the two published splits, by video and segment."""
-    return mosi_utterances._utterances(mosi_utterances.default_root(), split)
+    return mosi_utterances.read_utterances(mosi_utterances.default_root(), split)
 
 
 def text_features(transcripts: np.ndarray, label: np.ndarray, train: np.ndarray) -> np.ndarray:

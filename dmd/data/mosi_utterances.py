@@ -64,7 +64,7 @@ def _read(root: Path, path: str) -> str:
 
 
 @dataclass
-class _Utterances:
+class Utterances:
     """N utterances: features (N, D_m), labels (N,) of -1 and +1, and for each what it is."""
 
     video: list[str]
@@ -73,8 +73,8 @@ class _Utterances:
     features: list[np.ndarray]
     label: np.ndarray
 
-    def __getitem__(self, rows: list[int]) -> "_Utterances":
-        return _Utterances(
+    def __getitem__(self, rows: list[int]) -> "Utterances":
+        return Utterances(
             [self.video[n] for n in rows],
             [self.segment[n] for n in rows],
             [self.transcript[n] for n in rows],
@@ -83,7 +83,7 @@ class _Utterances:
         )
 
 
-def _utterances(root: Path, split: str) -> _Utterances:
+def read_utterances(root: Path, split: str) -> Utterances:
     """One of the published splits, `train` or `test`, ordered by video and then by segment."""
 
     def numbers(path: str, columns: int | None = None) -> np.ndarray:
@@ -101,7 +101,7 @@ def _utterances(root: Path, split: str) -> _Utterances:
             raise ValueError(f"{path}: its labels are not those of transcripts.csv")
         features.append(columns[:, :-1])
     names = [line[0].rpartition("_") for line in lines]
-    found = _Utterances(
+    found = Utterances(
         video=[video for video, _, _ in names],
         segment=[int(segment) for _, _, segment in names],
         transcript=[line[1] for line in lines],
@@ -111,7 +111,7 @@ def _utterances(root: Path, split: str) -> _Utterances:
     return found[sorted(range(len(lines)), key=lambda n: (found.video[n], found.segment[n]))]
 
 
-def _dataset(name: str, part: _Utterances, context: int) -> Dataset:
+def _dataset(name: str, part: Utterances, context: int) -> Dataset:
     """Each utterance, after up to `context` predecessors of its video, as one clip."""
     rows = np.arange(len(part.video))
     # The row at which the video of each row begins: the rows are ordered by video.
@@ -138,7 +138,7 @@ def _dataset(name: str, part: _Utterances, context: int) -> Dataset:
     return Dataset(name, clips, PerModality(*names), part.transcript)
 
 
-def _standardise(train: _Utterances, others: tuple[_Utterances, ...]) -> None:
+def _standardise(train: Utterances, others: tuple[Utterances, ...]) -> None:
     """Centre and scale every column, in place, by its mean and spread over `train`."""
     for m, x in enumerate(train.features):
         mean, spread = x.mean(axis=0), x.std(axis=0)
@@ -183,7 +183,7 @@ def load(
     if not isinstance(standardise, bool):
         raise ValueError(f"standardise={standardise!r} is neither True nor False")
     folder = default_root() if root is None else Path(root)
-    known, test = _utterances(folder, "train"), _utterances(folder, "test")
+    known, test = read_utterances(folder, "train"), read_utterances(folder, "test")
 
     videos = sorted(set(known.video))
     count = min(max(round(valid_share * len(videos)), 1), len(videos) - 1)
