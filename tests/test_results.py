@@ -72,8 +72,18 @@ def test_the_record_trains_what_was_selected(record, selection):
     TrainConfig.from_dict(record["configuration"]["train"])
 
 
-def test_the_record_adds_up(record):
+def test_the_paper_s_options_are_the_presets():
+    configuration = read(RESULTS / real_run.PAPER)["configuration"]
+    assert ModelConfig.preset("paper", **configuration["model"]) == ModelConfig()
+    assert LossConfig.preset("paper", **configuration["loss"]) == LossConfig()
+    assert TrainConfig.preset("paper", **configuration["train"]) == TrainConfig(device="cpu")
+    assert configuration["data"] == read(RESULTS / real_run.RECORD)["configuration"]["data"]
+
+
+@pytest.mark.parametrize("name", [real_run.RECORD, real_run.PAPER])
+def test_the_record_adds_up(name):
     """Shares are whole utterances; differences are those of the numbers beside them."""
+    record = read(RESULTS / name)
     accuracies = [run["test"][real_run.METRIC] for run in record["runs"]]
     logistic = record["logistic_regression"]
     by_c = {row["c"]: row["test"] for row in logistic["by_c"]}
@@ -90,7 +100,7 @@ def test_the_record_adds_up(record):
             low, high = row[kind]
             assert low < row["difference"] < high
     assert record["target_beaten"] == (statistics.mean(accuracies) > record["target"])
-    assert sum(run["seconds"] for run in record["runs"]) <= record["seconds"] + 1
+    assert max(run["seconds"] for run in record["runs"]) <= record["seconds"] + 1
 
 
 def test_logistic_regression_is_reproduced(record):
