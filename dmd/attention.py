@@ -43,6 +43,10 @@ class MultiheadAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
 
+    def split(self, x: Tensor) -> Tensor:
+        """Features (B, T, dim) -> their columns by head, (B, heads, T, dim / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def visible(
         self,
         target: Tensor,
@@ -73,15 +77,11 @@ class MultiheadAttention(nn.Module):
 
         The mask of the target matters only with `causal`, for the length of each clip.
         """
-        q = self.query(target).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T_q, d/H)
-        k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T_k, d/H)
-            for x in self.key_value(source).chunk(2, dim=-1)
-        )
+        key, value = self.key_value(source).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            self.split(self.query(target)),
+            self.split(key),
+            self.split(value),
             attn_mask=self.visible(target, source, source_mask, target_mask),
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -95,9 +95,8 @@ class MultiheadAttention(nn.Module):
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """The weights (B, heads, T_q, T_k) with which `forward` averages; each row sums to 1."""
-        q = self.query(target).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = self.key_value(source).chunk(2, dim=-1)[0]
-        k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, _ = self.key_value(source).chunk(2, dim=-1)
+        q, k = self.split(self.query(target)), self.split(key)
         score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         visible = self.visible(target, source, source_mask, target_mask)
         if visible is not None:
