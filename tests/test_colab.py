@@ -66,10 +66,8 @@ class Colab:
 
 
 def first_code_cell():
-    """The first code cell of the first chapter; while there is none, what it would be."""
-    chapter = next((p for p in repository.chapters(ROOT) if p.suffix == ".ipynb"), None)
-    if chapter is None:
-        return repository.install_cell(repository.repository_url(ROOT))
+    """The first code cell of the first chapter."""
+    chapter = next(p for p in repository.chapters(ROOT) if p.suffix == ".ipynb")
     cells = json.loads(chapter.read_text(encoding="utf-8"))["cells"]
     return "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
 

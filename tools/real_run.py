@@ -213,7 +213,7 @@ def replica_accuracy(chosen: Options, parts: list[tuple[Utterances, Utterances]]
     right = np.zeros(chosen["train"]["epochs"])
     for train, held_out in parts:
         train, held_out = (
-            mosi_utterances._dataset(name, part, chosen["data"]["context"])
+            mosi_utterances.with_context(name, part, chosen["data"]["context"])
             for name, part in (("train", train), ("valid", held_out))
         )
         splits = Splits(train, held_out, held_out, name="replica")  # the test split is not there

@@ -63,7 +63,7 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
     if not re.fullmatch(r"https://github\.com/[\w-]+/[\w.-]+", url):
         raise ValueError(f"{url!r} is not of the form https://github.com/owner/name")
     old, new = (address.split("/", 3)[3] for address in (repository_url(root), url))
-    changed = {}
+    changed, with_cell = {}, chapters(root)
     for path in files(root):
         try:
             text = path.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
         after = text
         for (pattern, _), (_, link) in zip(_links(old), _links(new), strict=True):
             after = pattern.sub(link, after)
-        if path in chapters(root):
+        if path in with_cell:
             after = with_install_cell(path, after, url)
         if after != text:
             changed[path] = after

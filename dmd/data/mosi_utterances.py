@@ -111,7 +111,7 @@ def read_utterances(root: Path, split: str) -> Utterances:
     return found[sorted(range(len(lines)), key=lambda n: (found.video[n], found.segment[n]))]
 
 
-def _dataset(name: str, part: Utterances, context: int) -> Dataset:
+def with_context(name: str, part: Utterances, context: int) -> Dataset:
     """Each utterance, after up to `context` predecessors of its video, as one clip."""
     rows = np.arange(len(part.video))
     # The row at which the video of each row begins: the rows are ordered by video.
@@ -200,9 +200,9 @@ def load(
         "standardise": standardise,
     }
     return Splits(
-        _dataset("train", train, context),
-        _dataset("valid", valid, context),
-        _dataset("test", test, context),
+        with_context("train", train, context),
+        with_context("valid", valid, context),
+        with_context("test", test, context),
         name=NAME,
         options=options,
     )
