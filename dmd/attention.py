@@ -14,12 +14,14 @@ from torch.nn import functional as F
 def sinusoidal_positions(steps: int, dim: int) -> Tensor:
     """The position code (steps, dim): sines in the first half, cosines in the second.
 
-    Step t is counted from 1; wavelengths grow geometrically from 2 pi to 20,000 pi.
+    Step t is counted from 1; wavelengths grow geometrically from 2 pi to 20,000 pi. The last
+    channel of an odd number is zero. In single precision, whatever the precision of the features.
     """
-    half = (dim + 1) // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half) / max(half - 1, 1))
-    angle = torch.arange(1, steps + 1)[:, None] * frequency  # (steps, half)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
+    half = dim // 2
+    ratio = math.log(10_000) / max(half - 1, 1)
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -ratio)
+    angle = torch.arange(1, steps + 1, dtype=torch.float32)[:, None] * frequency  # (steps, half)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))
 
 
 def _steps(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,12 +74,16 @@ class MultiheadAttention(nn.Module):
         source: Tensor,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Target (B, T_q, dim), source (B, T_k, dim), masks (B, T_k), (B, T_q) -> (B, T_q, dim).
 
-        The mask of the target matters only with `causal`, for the length of each clip.
+        The mask of the target matters only with `causal`, for the length of each clip. `values`
+        (B, T_k, dim), where given, takes the place of the source in V.
         """
         key, value = self.key_value(source).chunk(2, dim=-1)
+        if values is not None:
+            value = self.key_value(values).chunk(2, dim=-1)[1]
         mixed = F.scaled_dot_product_attention(
             self.split(self.query(target)),
             self.split(key),
@@ -122,11 +128,13 @@ class EncoderLayer(nn.Module):
         source: Tensor | None,
         source_mask: Tensor | None,
         target_mask: Tensor | None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Target (B, T_q, dim), source (B, T_k, dim) or None (self-attention) -> (B, T_q, dim)."""
         query = self.attention_norm(target)
         key = query if source is None else self.attention_norm(source)
-        target = target + self.attention(query, key, source_mask, target_mask)
+        value = None if values is None else self.attention_norm(values)
+        target = target + self.attention(query, key, source_mask, target_mask, value)
         return target + self.feedforward(self.feedforward_norm(target))
 
 
@@ -136,6 +144,9 @@ class CrossmodalEncoder(nn.Module):
     dim, heads, layers: width, attention heads and layers.
     embedding_dropout: on the embedded sequences; attention_dropout: on the attention weights.
     causal: let query t see only keys up to t, shifted by the difference of the clip's lengths.
+    position_at_zero: whether a step whose first channel is exactly zero has a position code.
+    separate_values: embed the source twice, once for keys and once for values, which differ by
+        their dropout.
     Both sequences keep their own length and rate; the position code lets the attention find
     which moments belong together.
     """
@@ -148,8 +159,12 @@ class CrossmodalEncoder(nn.Module):
         embedding_dropout: float = 0.0,
         attention_dropout: float = 0.0,
         causal: bool = False,
+        position_at_zero: bool = True,
+        separate_values: bool = False,
     ) -> None:
         super().__init__()
+        self.position_at_zero = position_at_zero
+        self.separate_values = separate_values
         self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.layers = nn.ModuleList(
             EncoderLayer(dim, heads, attention_dropout, causal) for _ in range(layers)
@@ -159,6 +174,8 @@ class CrossmodalEncoder(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Features (B, T, dim) -> scaled features plus position code, same shape."""
         positions = sinusoidal_positions(x.shape[1], x.shape[2]).to(x)
+        if not self.position_at_zero:
+            positions = positions * (x[:, :, :1] != 0)
         return self.embedding_dropout(math.sqrt(x.shape[2]) * x + positions)
 
     def forward(
@@ -175,10 +192,13 @@ class CrossmodalEncoder(nn.Module):
         as numbers without meaning.
         """
         target = self.embed(target)
+        values = None
         if source is None:
             target_mask = source_mask
         else:
+            if self.separate_values and self.training:  # else they are equal
+                values = self.embed(source)
             source = self.embed(source)
         for layer in self.layers:
-            target = layer(target, source, source_mask, target_mask)
+            target = layer(target, source, source_mask, target_mask, values)
         return self.norm(target)

@@ -20,10 +20,11 @@ import torch
 
 from dmd import checkpoint
 from dmd.batch import MODALITIES, Batch, PerModality
-from dmd.config import LossConfig, ModelConfig, TrainConfig, nearest
+from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import LOADERS, Splits, download, load, mmsa, summary
 from dmd.metrics import evaluate
 from dmd.model import DMD
+from dmd.options import nearest
 from dmd.trainer import Interrupted, NonFiniteLoss, Trainer, find_device, seed_everything
 
 

@@ -1,121 +1,13 @@
 """Every setting of the model, the objective and the training loop, as three dataclasses.
 
-A configuration is plain data: it can be written to JSON and read back, and a key that does
-not exist is an error that names the nearest key that does.
+Each has the presets `paper`, which is the default, and `released`: every point where the published
+code parts from the paper is an option with one value in either.
 """
 
-import dataclasses
-import difflib
-import json
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self
 
-
-def nearest(name: str, known: Iterable[str], kind: str) -> str:
-    """The sentence for an unknown name: what it was, the nearest known one, and all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
-
-
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Turn a value as JSON or a caller gives it into the type of its field, or refuse."""
-    refusal = ValueError(f"{key}={value!r} is not of type {_name(kind)}")
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):  # type: ignore[arg-type]
-            return value
-        return kind.from_dict(value)  # type: ignore[union-attr]
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"{key}: " + nearest(str(value), map(str, get_args(kind)), "value"))
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(get_args(kind)):
-            raise refusal
-        return tuple(_convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
-    if NoneType in get_args(kind):
-        inner = next(k for k in get_args(kind) if k is not NoneType)
-        return None if value is None else _convert(value, inner, key)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise refusal
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{key} must be finite, not {value}")
-    return value
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-
-
-class Config:
-    """What the three configurations have in common: types, presets, and the way to JSON and back.
-
-    Raises ValueError for a value whose type is not that of its field.
-    """
-
-    def __post_init__(self) -> None:
-        for key, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, key, _convert(getattr(self, key), kind, key))
-
-    @classmethod
-    def presets(cls) -> dict[str, dict[str, Any]]:
-        """The named presets: for each, the fields in which it differs from the defaults."""
-        return {"paper": {}}
-
-    @classmethod
-    def preset(cls, name: str, /, **overrides: Any) -> Self:
-        """The configuration called `name`, with single fields replaced.
-
-        Raises ValueError for an unknown preset or field, naming the nearest known one.
-        """
-        presets = cls.presets()
-        if name not in presets:
-            raise ValueError(nearest(name, presets, "preset"))
-        return cls.from_dict({**presets[name], **overrides})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the configuration from a mapping; fields that are left out keep their defaults."""
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{cls.__name__}: expected its options by name, not {values!r}")
-        known = get_type_hints(cls)
-        for key in values:
-            if key not in known:
-                raise ValueError(nearest(key, known, f"{cls.__name__} option"))
-        return cls(**values)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as builtin values, nested configurations as nested dictionaries."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    def to_json(self) -> str:
-        """All fields as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy in which some fields have other values, checked as in `from_dict`."""
-        return self.from_dict({**self.to_dict(), **changes})
-
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {message}")
-
-    def _require_probability(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            for p in value if isinstance(value, tuple) else (value,):
-                self._require(0 <= p < 1, f"{name} must lie in [0, 1), not {p}")
+from dmd.options import Config
 
 
 @dataclass(frozen=True)
@@ -123,7 +15,8 @@ class ModelConfig(Config):
     """The model: its sizes, its dropout rates, and one named option for every choice.
 
     Triples are in the order language, visual, acoustic. The defaults are the `paper` preset;
-    where the paper gives no value they are the ones published with its code for CMU-MOSI.
+    where the paper gives no value they are the ones published with its code for CMU-MOSI. In the
+    last section the first value of each option is that of `paper`, the other that of `released`.
 
     Sizes
         widths: input features of each modality, D_L, D_V, D_A.
@@ -149,6 +42,30 @@ class ModelConfig(Config):
         homo_distillation, hetero_distillation: without it the unit keeps its regressor f, which
             predicts from each modality alone, and has no edges.
         crossmodal_attention: without it the private features are pooled as they are (no Eq. 10).
+    Where the released implementation parts from the paper (it also sets some choices above)
+        mask_padding: padded steps count for nothing, or (false) each clip is filled up with zeros
+            to `lengths`, and these count as steps.
+        projection_padding: of the shallow convolutions; `same` keeps all steps, `valid` those
+            whose window lies inside the sequence, kernel - 1 fewer.
+        skip_equal_projection: no convolution where the width of a modality is `dim` already.
+        position_at_zero: every step has a position code, or (false) only those whose first
+            channel is not exactly zero.
+        separate_values: keys and values of a source share one embedding dropout, or (true) not.
+        memory_layers_min: the least layers of the encoder that joins what two sources answered.
+        acoustic_first: language asks the visual modality first, or (true) the acoustic one, which
+            decides what its channels mean.
+        unimodal_heads: `linear` shares one regressor f among the nodes of a graph (Eq. 8);
+            `residual` gives each its own network, which for the homogeneous graph reads all
+            steps of the sequence side by side. Its hidden layer (homo) or what it hands to its
+            regressor (hetero) is then the node's feature.
+        edge_hidden: 0: g of Eq. 8 reads logits and features (homo, hetero); more: it reads linear
+            maps of both to that many channels.
+        margin_projection: Eq. 4 compares pooled common features, or (true) linear maps of all
+            their steps side by side.
+        private_projection: the like for the private features (true), which nothing reads.
+        common_attention: the common sequences go through self-attention before the fusion (true).
+        common_head: the joined common part makes a prediction of its own (true).
+        gates: of the fusion; they `multiply` the features, or `replace` them.
     """
 
     widths: tuple[int, int, int] = (300, 20, 5)
@@ -169,6 +86,20 @@ class ModelConfig(Config):
     homo_distillation: bool = True
     crossmodal_attention: bool = True
     hetero_distillation: bool = True
+    mask_padding: bool = True
+    projection_padding: Literal["same", "valid"] = "same"
+    skip_equal_projection: bool = False
+    position_at_zero: bool = True
+    separate_values: bool = False
+    memory_layers_min: int = 1
+    acoustic_first: bool = False
+    unimodal_heads: Literal["linear", "residual"] = "linear"
+    edge_hidden: tuple[int, int] = (0, 0)
+    margin_projection: bool = False
+    private_projection: bool = False
+    common_attention: bool = False
+    common_head: bool = False
+    gates: Literal["multiply", "replace"] = "multiply"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,8 +109,14 @@ class ModelConfig(Config):
                 min(value) > 0,
                 f"{name} must be three positive integers (language, visual, acoustic), not {value}",
             )
-        for name in ("dim", "heads", "layers"):
+        for name in ("dim", "heads", "layers", "memory_layers_min"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
+        self._require(min(self.edge_hidden) >= 0, "edge_hidden must not be negative")
+        self._require(
+            min(self.steps) > 0,
+            f"kernels={self.kernels} are longer than lengths={self.lengths}, which "
+            "projection_padding='valid' does not allow",
+        )
         self._require(
             self.dim % self.heads == 0,
             f"dim={self.dim} must be a multiple of heads={self.heads}",
@@ -189,15 +126,57 @@ class ModelConfig(Config):
             "language_dropout", "embedding_dropout", "attention_dropout", "output_dropout"
         )
 
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Steps that are left of the longest clip after the shallow convolutions, L, V, A."""
+        sizes = zip(self.widths, self.lengths, self.kernels, strict=True)
+        valid = self.projection_padding == "valid"
+        language, visual, acoustic = (
+            length - kernel + 1
+            if valid and not (self.skip_equal_projection and width == self.dim)
+            else length
+            for width, length, kernel in sizes
+        )
+        return language, visual, acoustic
+
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
-        """`paper`, and `tiny`: the same model small enough to train while one reads a page."""
+        """`paper`; `tiny`, the same model small enough to train while one reads a page; the
+        published code for CMU-MOSI, `released`, and for CMU-MOSEI, `released_mosei`.
+        """
         tiny = {
             "widths": (32, 12, 8), "lengths": (12, 12, 12), "dim": 16, "heads": 2, "layers": 1,
             "kernels": (3, 3, 3), "language_dropout": 0.1, "embedding_dropout": 0.0,
             "attention_dropout": (0.0, 0.0, 0.0), "output_dropout": 0.1,
         }  # fmt: skip
-        return {"paper": {}, "tiny": tiny}
+        released = {
+            "widths": (768, 20, 5), "causal_mask": True, "pooling": "last",
+            "edge_temperature": 8.0, "mask_padding": False, "projection_padding": "valid",
+            "skip_equal_projection": True, "position_at_zero": False, "separate_values": True,
+            "memory_layers_min": 3, "acoustic_first": True, "unimodal_heads": "residual",
+            "edge_hidden": (64, 32), "margin_projection": True, "private_projection": True,
+            "common_attention": True, "common_head": True, "gates": "replace",
+        }  # fmt: skip
+        released_mosei = {
+            **released, "widths": (768, 35, 74), "dim": 30, "heads": 6, "kernels": (5, 3, 1),
+            "language_dropout": 0.3, "embedding_dropout": 0.0,
+            "attention_dropout": (0.4, 0.0, 0.0),
+        }  # fmt: skip
+        return {
+            "paper": {}, "tiny": tiny, "released": released, "released_mosei": released_mosei
+        }  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, /, **overrides: Any) -> Self:
+        """The configuration called `name`, with single fields replaced.
+
+        In the released presets `heads` alone sets `dim` too: a published head has 5 channels.
+        Raises ValueError for an unknown preset or field, naming the nearest known one.
+        """
+        heads = overrides.get("heads")
+        if name.startswith("released") and type(heads) is int:
+            overrides = {"dim": 5 * heads, **overrides}
+        return super().preset(name, **overrides)
 
 
 @dataclass(frozen=True)
@@ -210,6 +189,19 @@ class LossConfig(Config):
         task loss, but f of Eq. 8 has to be trained by something.
     orthogonality: `signed` is Eq. 5 as printed (lowest at cosine -1), `hinge` and `squared`
         are lowest at orthogonal features.
+    In the options that follow the first value is that of `paper`, the other that of `released`:
+    orthogonality_axis: the cosine of Eq. 5 runs over the `feature` axis, or over the `batch`.
+    margin_pairs: a positive of Eq. 4 is in another modality and a negative in the same (`triples`),
+        or both are in any (`all`).
+    margin_class: clips are of one class if their labels are equal when `rounded`, or `exact`.
+    margin_size: the margin is alpha, `constant`, or alpha times the difference of the two `labels`.
+    margin_mean: over all `triples`, or first over those of each of the `anchors`.
+    edge_prior: added to the edges of Eq. 9: `none`, the same for all (`uniform`), or the one that
+        favours L->V and L->A, and in the heterogeneous graph V->A (`released`).
+    edge_regulariser: weight, 0 or 10, of the squared distance of the mean edges from the prior,
+        beside the distillation of both graphs.
+    representation: weight, 0 or 10, of a second distillation in the heterogeneous graph, which
+        moves the features of student and teacher to a cosine of at most zero.
     """
 
     lambda1: float = 0.1
@@ -218,41 +210,73 @@ class LossConfig(Config):
     alpha: float = 0.15
     unimodal: float = 1.0
     orthogonality: Literal["signed", "hinge", "squared"] = "signed"
+    orthogonality_axis: Literal["feature", "batch"] = "feature"
+    margin_pairs: Literal["triples", "all"] = "triples"
+    margin_class: Literal["rounded", "exact"] = "rounded"
+    margin_size: Literal["constant", "labels"] = "constant"
+    margin_mean: Literal["triples", "anchors"] = "triples"
+    edge_prior: Literal["none", "uniform", "released"] = "none"
+    edge_regulariser: float = 0.0
+    representation: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lambda1", "lambda2", "gamma", "alpha", "unimodal"):
-            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
+        for name, value in self.to_dict().items():
+            if isinstance(value, float):
+                self._require(value >= 0, f"{name} must not be negative")
+        self._require(
+            self.edge_regulariser == 0 or self.edge_prior != "none",
+            "edge_regulariser needs an edge_prior to draw the edges to",
+        )
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """`paper`, and `released`: the losses of the published code."""
+        released = {
+            "orthogonality": "hinge", "orthogonality_axis": "batch", "margin_pairs": "all",
+            "margin_class": "exact", "margin_size": "labels", "margin_mean": "anchors",
+            "edge_prior": "released", "edge_regulariser": 10.0, "representation": 10.0,
+        }  # fmt: skip
+        return {"paper": {}, "released": released}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """The training loop.
 
-    epochs, batch_size: 30 and 16 in the paper (Sec. 4).
+    epochs, batch_size: 30 and 16 in the paper (Sec. 4); epochs may be None, until `patience` ends.
     learning_rate, weight_decay: of Adam; the published code uses 1e-4 and no decay.
-    accumulate: batches whose gradients are averaged before a step.
+    accumulate: batches whose gradients make one step.
+    accumulate_by: the `mean` or the `sum` of their gradients.
+    drop_incomplete: leave out the batches at the end of an epoch that are too few for a step.
     clip, clip_at: bound each gradient `value`, the `norm` of all, or nothing.
+    clip_each_batch: bound what has accumulated after every batch, not once before the step.
     scheduler: `plateau` halves the rate when more than 5 epochs bring no better validation score,
         `cosine` lets it fall to zero over the epochs.
     patience: stop after that many epochs without a better validation score (None: never).
     select: the validation score that picks the epoch to keep; `mae` is lowest, others highest.
+    test_each_epoch: write the scores on the test split to the history of every epoch. They choose
+        nothing.
     device: `auto` takes cuda, else mps, else cpu.
     seed: of everything random in a run.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
     loss: the weights of the objective.
     """
 
-    epochs: int = 30
+    epochs: int | None = 30
     batch_size: int = 16
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     accumulate: int = 1
+    accumulate_by: Literal["mean", "sum"] = "mean"
+    drop_incomplete: bool = False
     clip: Literal["none", "value", "norm"] = "norm"
     clip_at: float = 1.0
+    clip_each_batch: bool = False
     scheduler: Literal["none", "plateau", "cosine"] = "plateau"
     patience: int | None = 10
     select: Literal["mae", "corr", "acc2_has0", "acc2_non0", "acc7"] = "mae"
+    test_each_epoch: bool = False
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -260,8 +284,23 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size", "accumulate", "learning_rate", "clip_at"):
+        for name in ("batch_size", "accumulate", "learning_rate", "clip_at"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
+        self._require(self.epochs is None or self.epochs > 0, "epochs must be positive")
+        self._require(
+            self.epochs is not None or (self.patience is not None and self.scheduler != "cosine"),
+            "epochs=None needs a patience, and a scheduler other than 'cosine'",
+        )
         self._require(self.weight_decay >= 0, "weight_decay must not be negative")
         self._require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         self._require(self.patience is None or self.patience > 0, "patience must be positive")
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """`paper`, and `released`: the training of the published code, which has one seed."""
+        released = {
+            "epochs": None, "accumulate": 10, "accumulate_by": "sum", "drop_incomplete": True,
+            "clip": "value", "clip_at": 0.6, "clip_each_batch": True, "test_each_epoch": True,
+            "seed": 1111, "loss": LossConfig.preset("released"),
+        }  # fmt: skip
+        return {"paper": {}, "released": released}

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, cat, nn
+import torch
+from torch import Tensor, nn
 
 from dmd.batch import MODALITIES, PerModality
 
@@ -18,20 +19,36 @@ class Decoupled:
     private_again: PerModality[Tensor]
 
 
+def shorten(mask: Tensor, lost: int) -> Tensor:
+    """Mask (B, T) of a sequence -> (B, T - lost) of one that lost steps; each clip keeps one."""
+    if lost == 0:
+        return mask
+    first = torch.arange(mask.shape[1] - lost, device=mask.device) == 0
+    return mask[:, lost:] | first
+
+
 class ShallowEncoder(nn.Module):
     """A temporal convolution that brings one modality to the width d and keeps its length T.
 
     width: input features D_m; dim: output features d; kernel: steps under the convolution.
+    padding: `valid` keeps only the steps whose window lies inside the sequence, T - kernel + 1.
+    skip_equal: leave features that are d wide as they are.
     """
 
-    def __init__(self, width: int, dim: int, kernel: int) -> None:
+    def __init__(
+        self, width: int, dim: int, kernel: int, padding: str = "same", skip_equal: bool = False
+    ) -> None:
         super().__init__()
-        self.convolution = nn.Conv1d(width, dim, kernel, padding="same", bias=False)
+        self.skip = skip_equal and width == dim
+        self.lost = kernel - 1 if padding == "valid" and not self.skip else 0
+        self.convolution = nn.Conv1d(width, dim, kernel, padding=padding, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Features (B, T, D_m), mask (B, T) -> shallow features (B, T, d), zero where padded."""
-        hidden = ~mask[:, :, None]
-        x = x.masked_fill(hidden, 0.0)  # else padding would reach valid steps through the kernel
+        """Features (B, T, D_m), mask (B, T) -> shallow features (B, T', d), zero where padded."""
+        x = x.masked_fill(~mask[:, :, None], 0.0)  # else padding reaches valid steps by the kernel
+        if self.skip:
+            return x
+        hidden = ~shorten(mask, self.lost)[:, :, None]
         return self.convolution(x.transpose(1, 2)).transpose(1, 2).masked_fill(hidden, 0.0)
 
 
@@ -53,7 +70,7 @@ class Decoupling(nn.Module):
         for x, encode, decode in zip(shallow, self.private_encoders, self.decoders, strict=True):
             common.append(self.common_encoder(x))
             private.append(encode(x))
-            reconstructed.append(decode(cat([common[-1], private[-1]], dim=-1)))
+            reconstructed.append(decode(torch.cat([common[-1], private[-1]], dim=-1)))
             private_again.append(encode(reconstructed[-1]))
         return Decoupled(
             PerModality(*common),

@@ -32,6 +32,9 @@ class GDUnit(nn.Module):
         this the edges i -> j and j -> i pull the same two logits together in the same way.
     edge_temperature: edge logits are divided by it before the softmax.
     distil: whether the unit has edges; without them only the regressor remains.
+    regress: whether the unit has a regressor; without it `forward` is given the logits.
+    edge_hidden: 0: g reads logits and features as they are; more: linear maps of both to that
+        many channels each. Without a nonlinearity in between g is linear all the same.
 
     `regressor` is f with theta_1, `edge` is g with theta_2 (Eq. 8).
     """
@@ -43,6 +46,8 @@ class GDUnit(nn.Module):
         stop_teacher_gradient: bool = True,
         edge_temperature: float = 1.0,
         distil: bool = True,
+        regress: bool = True,
+        edge_hidden: int = 0,
     ) -> None:
         super().__init__()
         if modalities < 2:
@@ -50,18 +55,28 @@ class GDUnit(nn.Module):
         self.modalities = modalities
         self.stop_teacher_gradient = stop_teacher_gradient
         self.edge_temperature = edge_temperature
-        self.regressor = nn.Linear(feature_dim, 1)
-        self.edge = nn.Linear(2 * (feature_dim + 1), 1) if distil else None
+        self.feature_dim = feature_dim
+        self.regressor = nn.Linear(feature_dim, 1) if regress else None
+        node = 2 * edge_hidden if edge_hidden else feature_dim + 1
+        self.edge = nn.Linear(2 * node, 1) if distil else None
+        self.edge_logit = nn.Linear(1, edge_hidden) if distil and edge_hidden else None
+        self.edge_feature = nn.Linear(feature_dim, edge_hidden) if distil and edge_hidden else None
 
-    def forward(self, features: Tensor) -> GraphOutput:
-        """Modality vectors (M, B, d') -> logits (M, B), edges (B, M, M), distances (B, M, M)."""
-        width = self.regressor.in_features
-        if features.dim() != 3 or features.shape[::2] != (self.modalities, width):
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> GraphOutput:
+        """Modality vectors (M, B, d') -> logits (M, B), edges (B, M, M), distances (B, M, M).
+
+        logits (M, B) are given if and only if the unit has no regressor.
+        """
+        if features.dim() != 3 or features.shape[::2] != (self.modalities, self.feature_dim):
             raise ValueError(
-                f"expected features of shape ({self.modalities}, clips, {width}), "
+                f"expected features of shape ({self.modalities}, clips, {self.feature_dim}), "
                 f"got {tuple(features.shape)}"
             )
-        logits = self.regressor(features).squeeze(-1)  # (M, B)
+        if (logits is None) == (self.regressor is None):
+            raise ValueError("logits go with a unit that has no regressor, and only with that")
+        if self.regressor is not None:
+            logits = self.regressor(features).squeeze(-1)
+        assert logits is not None
         edges = self.edge_weights(features, logits)
         return GraphOutput(logits, edges, self.distances(logits), features)
 
@@ -76,7 +91,10 @@ class GDUnit(nn.Module):
         count = self.modalities
         if self.edge is None:
             return features.new_zeros(features.shape[1], count, count)
-        node = torch.cat([logits[:, :, None], features], dim=2).transpose(0, 1)  # (B, M, d'+1)
+        logits = logits[:, :, None]
+        if self.edge_logit is not None and self.edge_feature is not None:
+            logits, features = self.edge_logit(logits), self.edge_feature(features)
+        node = torch.cat([logits, features], dim=2).transpose(0, 1)  # (B, M, d'+1)
         source = node[:, :, None, :].expand(-1, -1, count, -1)  # row i of the pair (i, j)
         target = node[:, None, :, :].expand(-1, count, -1, -1)  # column j of the pair (i, j)
         score = self.edge(torch.cat([source, target], dim=3)).squeeze(-1)  # (B, M, M)

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmd.config import LossConfig, nearest
+from dmd.batch import MODALITIES
+from dmd.config import LossConfig
 from dmd.model import Output
+from dmd.options import nearest
 
 Masks = Sequence[Tensor] | None
 
@@ -45,21 +47,21 @@ def _squared_error(xs: Sequence[Tensor], ys: Sequence[Tensor], masks: Masks) -> 
     ).sum()
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalise(x: Tensor, epsilon: float = 0.0) -> Tensor:
     """Vectors on the last axis, scaled to length one; a zero vector stays zero.
 
     The gradient at a zero vector is zero too: dividing by a small constant instead would multiply
-    it by the inverse of that constant.
+    it by the inverse of that constant. epsilon is added to the square of the length.
     """
     x = _single(x)
     square = x.square().sum(dim=-1, keepdim=True)
     zero = square == 0
-    return torch.where(zero, 0.0, x * torch.where(zero, 1.0, square).rsqrt())
+    return torch.where(zero, 0.0, x * torch.where(zero, 1.0, square + epsilon).rsqrt())
 
 
-def cosine(x: Tensor, y: Tensor) -> Tensor:
+def cosine(x: Tensor, y: Tensor, epsilon: float = 0.0) -> Tensor:
     """Cosine of the angle between x and y over the last axis; zero where either vector is zero."""
-    return (normalise(x) * normalise(y)).sum(dim=-1)
+    return (normalise(x, epsilon) * normalise(y, epsilon)).sum(dim=-1)
 
 
 def reconstruction(
@@ -88,25 +90,50 @@ def sentiment_class(label: Tensor) -> Tensor:
     return label.clamp(-3, 3).round().long()
 
 
-def margin(common: Tensor, classes: Tensor, alpha: float) -> Tensor:
+def margin(
+    common: Tensor,
+    classes: Tensor,
+    alpha: float | Tensor,
+    pairs: Literal["triples", "all"] = "triples",
+    mean: Literal["triples", "anchors"] = "triples",
+) -> Tensor:
     """Eq. (4): same emotion in another modality must be nearer than another emotion in the same.
 
-    common: (B, M, d), one common vector a clip and modality; classes: (B,) integers.
+    common: (B, M, d), one common vector a clip and modality; classes: (B,), equal for clips of one
+    emotion; alpha: the margin, or one for each pair of anchor and negative clip (B, B).
     Over all triples (i, j, k) with m[i] != m[j], m[i] = m[k], c[i] = c[j], c[i] != c[k], the mean
     of max(0, alpha - cos(i, j) + cos(i, k)). Zero, with a zero gradient, if there is no triple:
     one modality, or labels that are all equal. The clip of i and j may be the same.
+    With pairs `all`, m[j] and m[k] are any modality, and only i = j is left out; with mean
+    `anchors` the triples of each anchor i are averaged first.
     """
-    unit = normalise(common.transpose(0, 1))  # (M, B, d)
-    cosines = torch.einsum("mid,njd->minj", unit, unit)  # (M, B, M, B)
-    same_class = classes[:, None] == classes  # (B, B)
-    other_modality = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    first, second = other_modality.nonzero(as_tuple=True)  # all pairs of modalities m != n
-    positive = cosines[first, :, second, :]  # (pairs, B_i, B_j)
-    negative = cosines[first, :, first, :]  # (pairs, B_i, B_k)
-    triple = same_class[:, :, None] & ~same_class[:, None, :]  # (B_i, B_j, B_k)
-    hinge = (alpha - positive[:, :, :, None] + negative[:, :, None, :]).clamp_min(0)
-    count = triple.sum() * len(first)
-    return (hinge * triple).sum() / count.clamp_min(1)
+    clips, modalities, _ = common.shape
+    unit = normalise(common.flatten(0, 1))  # (N, d), N = B * M vectors
+    cosines = unit @ unit.T
+    clip = torch.arange(clips, device=unit.device).repeat_interleave(modalities)
+    modality = torch.arange(modalities, device=unit.device).repeat(clips)
+    same_class = classes[clip][:, None] == classes[clip]  # (N, N)
+    same_modality = modality[:, None] == modality
+    if pairs == "triples":
+        positive, negative = same_class & ~same_modality, ~same_class & same_modality
+    else:
+        positive = same_class & ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        negative = ~same_class
+    if isinstance(alpha, Tensor):
+        alpha = alpha[clip][:, clip]
+    triple = positive[:, :, None] & negative[:, None, :]  # (N_i, N_j, N_k)
+    hinge = (alpha + cosines)[:, None, :] - cosines[:, :, None]
+    hinge = hinge.clamp_min(0) * triple
+    if mean == "triples":
+        return hinge.sum() / triple.sum().clamp_min(1)
+    count = triple.sum(dim=(1, 2))
+    anchors = hinge.sum(dim=(1, 2)) / count.clamp_min(1)
+    return anchors.sum() / (count > 0).sum().clamp_min(1)
+
+
+# What PyTorch's cosine embedding loss adds to squared lengths. The cosines of the released code
+# have it, and over an axis as short as a batch it shows.
+EPSILON = 1e-12
 
 
 def orthogonality(
@@ -114,24 +141,69 @@ def orthogonality(
     private: Sequence[Tensor],
     masks: Masks = None,
     variant: Literal["signed", "hinge", "squared"] = "signed",
+    axis: Literal["feature", "batch"] = "feature",
 ) -> Tensor:
     """Eq. (5): the cosine between the common and the private part of each step.
 
     common, private: (B, T_m, d) a modality; the cosine runs over d. Mean over the valid steps,
     summed over the modalities. `signed` is Eq. 5 as printed, lowest at cosine -1; `hinge`
     counts positive cosines only; `squared` is lowest at orthogonal features.
+    axis: `batch` takes one cosine a step and channel, over the clips of the batch.
     """
     shapes = {"signed": lambda c: c, "hinge": lambda c: c.clamp_min(0), "squared": torch.square}
     if variant not in shapes:
         raise ValueError(nearest(variant, shapes, "variant of the orthogonality loss"))
-    triples = zip(common, private, _masks(masks, common), strict=True)
-    cosines = [(cosine(_valid(c, mask), _valid(p, mask)), mask) for c, p, mask in triples]
-    return torch.stack([_mean(shapes[variant](c), mask) for c, mask in cosines]).sum()
+    total = []
+    for c, p, mask in zip(common, private, _masks(masks, common), strict=True):
+        c, p = _valid(c, mask), _valid(p, mask)
+        if axis == "feature":
+            total.append(_mean(shapes[variant](cosine(c, p)), mask))
+        else:  # (B, T, d) -> (T, d, B): steps that no clip has do not count
+            over_clips = cosine(c.permute(1, 2, 0), p.permute(1, 2, 0), EPSILON)
+            steps = None if mask is None else mask.any(dim=0)[None]
+            total.append(_mean(shapes[variant](over_clips)[None], steps))
+    return torch.stack(total).sum()
 
 
 def distillation(edges: Tensor, distances: Tensor) -> Tensor:
     """Eq. (9): ||W * E||_1, edges and distances (B, M, M): sum over edges, mean over the batch."""
     return (_single(edges) * _single(distances)).abs().sum(dim=(1, 2)).mean()
+
+
+FAVOURED = {
+    "homo": (("language", "visual"), ("language", "acoustic")),
+    "hetero": (("language", "visual"), ("language", "acoustic"), ("visual", "acoustic")),
+}
+
+
+def edge_prior(graph: str, kind: Literal["uniform", "released"]) -> Tensor:
+    """The edges (3, 3) that a graph has before it has learned any; they sum to one.
+
+    `uniform` is the same for all edges; `released` is the softmax over the edges with 1 / 0.25 at
+    those that the published code favours in the graph `homo` or `hetero` (`FAVOURED`), else 0.
+    """
+    score = torch.zeros(3, 3, dtype=torch.float64).fill_diagonal_(-torch.inf)
+    if kind == "released":
+        for teacher, student in FAVOURED[graph]:
+            score[MODALITIES.index(teacher), MODALITIES.index(student)] = 1 / 0.25
+    return score.flatten().softmax(dim=0).unflatten(0, (3, 3)).float()
+
+
+def edge_regulariser(edges: Tensor, prior: Tensor) -> Tensor:
+    """Squared distance of the mean over a batch of edges (B, M, M) from their prior (M, M)."""
+    return (_single(edges).mean(dim=0) - prior).square().sum()
+
+
+def representation(features: Tensor, edges: Tensor) -> Tensor:
+    """The released code's second distillation: edges (B, M, M) times distances of features.
+
+    features: (M, B, d'). The distance of teacher i, whose gradient is stopped, and student j is
+    the mean over the batch of max(0, cos): lowest where the student is at a right angle to the
+    teacher or beyond. The weight of an edge is its mean over the batch.
+    """
+    teacher, student = features.detach()[:, None], features[None, :]  # (M, 1, B, d'), (1, M, B, d')
+    alike = cosine(teacher, student, EPSILON).clamp_min(0).mean(dim=-1)  # (M, M)
+    return (_single(edges).mean(dim=0) * alike).sum()
 
 
 def task(prediction: Tensor, label: Tensor) -> Tensor:
@@ -145,6 +217,19 @@ def task(prediction: Tensor, label: Tensor) -> Tensor:
             f"got {tuple(label.shape)}"
         )
     return (prediction - label).abs().mean()
+
+
+def _margin(output: Output, label: Tensor, config: LossConfig) -> Tensor:
+    """Eq. (4) as configured."""
+    return margin(
+        output.margin_vectors.transpose(0, 1),
+        sentiment_class(label) if config.margin_class == "rounded" else label,
+        config.alpha * (
+            (label[:, None] - label).abs() if config.margin_size == "labels" else 1.0
+        ),
+        config.margin_pairs,
+        config.margin_mean,
+    )  # fmt: skip
 
 
 @dataclass
@@ -167,24 +252,38 @@ def objective(output: Output, label: Tensor, config: LossConfig) -> LossTerms:
     """
     terms = {"task": task(output.prediction, label)}
     weights = {"task": 1.0}
-    for name, graph in (("homo", output.homo), ("hetero", output.hetero)):
+    graphs = (("homo", output.homo), ("hetero", output.hetero))
+    for name, graph in graphs:
         # three heads: the mean over modalities and clips, times three, is the sum of their losses
         terms[f"task_{name}"] = len(graph.logits) * task(graph.logits, label)
         weights[f"task_{name}"] = config.unimodal
+    if output.common_prediction is not None:
+        terms["task_common"] = task(output.common_prediction, label)
+        weights["task_common"] = config.unimodal
     if output.reconstructed is not None and output.private_again is not None:
         masks = output.masks
         terms["reconstruction"] = reconstruction(output.shallow, output.reconstructed, masks)
         terms["cycle"] = cycle(output.private, output.private_again, masks)
-        vectors = output.homo.features.transpose(0, 1)  # (B, 3, d)
-        terms["margin"] = margin(vectors, sentiment_class(label), config.alpha)
+        terms["margin"] = _margin(output, label, config)
         terms["orthogonality"] = orthogonality(
-            output.common, output.private, masks, config.orthogonality
+            output.common, output.private, masks, config.orthogonality, config.orthogonality_axis
         )
         for name in ("reconstruction", "cycle"):
             weights[name] = config.lambda1
         for name in ("margin", "orthogonality"):
             weights[name] = config.lambda1 * config.gamma
-    for name, graph in (("homo", output.homo), ("hetero", output.hetero)):
-        terms[f"distil_{name}"] = distillation(graph.edges, graph.distances)
+    for name, graph in graphs:
+        edges = graph.edges
+        if config.edge_prior != "none":
+            distils = (edges.detach() > 0).any()  # a unit that does not has no prior either
+            prior = edge_prior(name, config.edge_prior).to(edges) * distils
+            if config.edge_regulariser:
+                terms[f"edges_{name}"] = edge_regulariser(edges, prior)
+                weights[f"edges_{name}"] = config.lambda2 * config.edge_regulariser
+            edges = edges + prior
+        terms[f"distil_{name}"] = distillation(edges, graph.distances)
         weights[f"distil_{name}"] = config.lambda2
+        if config.representation and name == "hetero":
+            terms["representation"] = representation(graph.features, edges)
+            weights["representation"] = config.lambda2 * config.representation
     return LossTerms(terms, {name: weights[name] * term for name, term in terms.items()})

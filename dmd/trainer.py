@@ -149,7 +149,10 @@ class Trainer:
     def _finished(self) -> bool:
         patience = self.config.patience
         waited = self.epoch - self.history.best_epoch
-        return self.epoch >= self.config.epochs or (patience is not None and waited >= patience)
+        last = self.config.epochs
+        return (last is not None and self.epoch >= last) or (
+            patience is not None and waited >= patience
+        )
 
     def _train_epoch(self, train: Dataset) -> None:
         """The rest of one pass over the clips; only seed and epoch determine their order."""

@@ -189,13 +189,13 @@ def test_positions_by_hand():
 
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 def test_positions_of_any_width_are_sines_then_cosines(dim):
-    steps, half = 7, (dim + 1) // 2
+    steps, half = 7, dim // 2
     codes = sinusoidal_positions(steps, dim)
     assert codes.shape == (steps, dim)
     ratio = 10_000 ** (-1 / max(half - 1, 1))
     for t in range(steps):
         angle = [(t + 1) * ratio**i for i in range(half)]
-        expected = [*map(math.sin, angle), *map(math.cos, angle)][:dim]
+        expected = [*map(math.sin, angle), *map(math.cos, angle), *[0.0] * (dim % 2)]
         torch.testing.assert_close(codes[t], torch.tensor(expected), atol=1e-5, rtol=0)
 
 

@@ -92,7 +92,7 @@ def test_presets():
          "mean 'dim'?"),
         (lambda: TrainConfig.from_dict({"learningrate": 1.0}), "did you mean 'learning_rate'?"),
         (lambda: TrainConfig.from_dict({"loss": {"gama": 1.0}}), "LossConfig option 'gama'"),
-        (lambda: ModelConfig.preset("xyzzy"), "unknown preset 'xyzzy': known are paper, tiny"),
+        (lambda: ModelConfig.preset("xyzzy"), "unknown preset 'xyzzy': known are paper, released"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_told_the_nearest(build, message):
@@ -196,14 +196,18 @@ def test_every_option_is_documented(kind):
 
 
 TINY = ModelConfig.preset("tiny", widths=(4, 4, 4), lengths=(3, 4, 5), dim=4, language_dropout=0.0,
-                          output_dropout=0.0)  # fmt: skip
+                          output_dropout=0.0, embedding_dropout=0.2)  # fmt: skip
 OTHER = {
     "widths": (4, 5, 4), "lengths": (3, 4, 4), "dim": 6, "heads": 4, "layers": 2,
     "kernels": (3, 1, 3), "language_dropout": 0.5, "embedding_dropout": 0.5,
     "attention_dropout": (0.0, 0.0, 0.5), "output_dropout": 0.5, "causal_mask": True,
     "pooling": "last", "stop_teacher_gradient": False, "edge_temperature": 0.1,
     "decoupling": False, "homo_distillation": False, "crossmodal_attention": False,
-    "hetero_distillation": False,
+    "hetero_distillation": False, "mask_padding": False, "projection_padding": "valid",
+    "skip_equal_projection": True, "position_at_zero": False, "separate_values": True,
+    "memory_layers_min": 2, "acoustic_first": True, "unimodal_heads": "residual",
+    "edge_hidden": (3, 5), "margin_projection": True, "private_projection": True,
+    "common_attention": True, "common_head": True, "gates": "replace",
 }  # fmt: skip
 
 
@@ -212,8 +216,11 @@ def behaviour(config):
     torch.manual_seed(0)
     model = DMD(config)
     torch.manual_seed(1)
+    language, visual, acoustic = (torch.randn(2, steps, 4) for steps in (3, 4, 5))
+    acoustic[0] = 0
+    lengths = torch.tensor([[3, 4, 5], [2, 4, 3]])
     try:
-        output = model(Batch(*(torch.randn(2, steps, 4) for steps in (3, 4, 5))))
+        output = model(Batch(language, visual, acoustic, lengths=lengths))
     except ValueError as error:
         return str(error)
     (output.prediction.sum() + output.homo.distances.sum()).backward()

@@ -10,7 +10,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 
 # In the order in which data flows.
 ROOMS = [
-    "config", "batch", "data", "attention", "decoupling", "graph", "fusion", "model", "losses",
+    "options", "config", "batch", "data", "attention", "decoupling", "graph", "fusion", "model", "losses",
     "metrics", "checkpoint", "trainer", "fast", "released", "baselines", "studies", "cli", "viz",
 ]  # fmt: skip
 NEVER = {"book", "tests", "tools", "sklearn", "pandas", "seaborn", "scipy"}

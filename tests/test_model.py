@@ -72,7 +72,8 @@ def test_the_output_has_the_stated_shapes(count, steps):
     dim = TINY.dim
     output = build()(clips(count, steps, lengths=None))
     assert {f.name for f in fields(output)} == {
-        "prediction", "homo", "hetero", *SEQUENCES, "masks", "fused"
+        "prediction", "homo", "hetero", *SEQUENCES, "masks", "margin_vectors",
+        "common_prediction", "parts", "fused"
     }  # fmt: skip
     assert output.prediction.shape == (count,)
     assert output.homo.features.shape == (3, count, dim)

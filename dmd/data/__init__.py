@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from dmd.config import nearest
 from dmd.data import mmsa, mosi_utterances, mult, synthetic
 from dmd.data.dataset import Dataset, Splits
 from dmd.data.sanitise import sanitise
+from dmd.options import nearest
 
 LOADERS: dict[str, Callable[..., Splits]] = {
     "synthetic": synthetic.load,

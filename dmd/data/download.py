@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from dmd.config import nearest
 from dmd.data import mosi_utterances
+from dmd.options import nearest
 
 # For each dataset: where its files are, at a commit that never changes, and their SHA-256.
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from dmd.batch import MODALITIES, Batch, PerModality
-from dmd.config import nearest
 from dmd.data import safe_pickle
 from dmd.data.dataset import Dataset, Splits
 from dmd.data.sanitise import sanitise
+from dmd.options import nearest
 
 SPLITS = ("train", "valid", "test")
 Sequences = tuple[np.ndarray, np.ndarray]  # features (N, T, D) and lengths (N,)

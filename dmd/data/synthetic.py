@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmd.batch import MODALITIES, Batch, PerModality
-from dmd.config import nearest
 from dmd.data import vocabulary
 from dmd.data.dataset import Dataset, Splits
+from dmd.options import nearest
 
 Triple = tuple[int, int, int]
 Array = NDArray[Any]
