@@ -60,12 +60,9 @@ def last_valid(x: Tensor, mask: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), last]
 
 
-def apply_each(modules: Iterable[nn.Module], inputs: Iterable[Tensor]) -> Any:
-    """One module a modality on its own input; each result stacked over modalities (3, ...)."""
-    results = [module(x) for module, x in zip(modules, inputs, strict=True)]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results)
-    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+def apply_each(modules: Iterable[nn.Module], inputs: Iterable[Tensor]) -> list[Any]:
+    """One module a modality, each on its own input."""
+    return [module(x) for module, x in zip(modules, inputs, strict=True)]
 
 
 class DMD(nn.Module):
@@ -244,10 +241,11 @@ class DMD(nn.Module):
             self.reinforce(private, masks) if self.memory else private, masks
         )
         if self.homo_heads:
-            logits, _, hidden = apply_each(self.homo_heads, [x.flatten(1) for x in common])
-            homo = self.homo(hidden, logits)
-            logits, refined, _ = apply_each(self.hetero_heads, pooled_private)
-            hetero = self.hetero(refined, logits)
+            flat = [x.flatten(1) for x in common]
+            logits, _, hidden = zip(*apply_each(self.homo_heads, flat), strict=True)
+            homo = self.homo(torch.stack(hidden), torch.stack(logits))
+            logits, refined, _ = zip(*apply_each(self.hetero_heads, pooled_private), strict=True)
+            hetero = self.hetero(torch.stack(refined), torch.stack(logits))
         else:
             homo, hetero = self.homo(pooled_common), self.hetero(pooled_private)
 
@@ -255,7 +253,7 @@ class DMD(nn.Module):
         if self.margin_projection:
             # channel by channel, as published, where the heads read step by step
             flat = [x.transpose(1, 2).flatten(1) for x in common]
-            margin_vectors = apply_each(self.margin_projection, flat)
+            margin_vectors = torch.stack(apply_each(self.margin_projection, flat))
         fused_common = pooled_common
         if self.common_attention:
             attended = [
