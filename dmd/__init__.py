@@ -4,11 +4,12 @@ from dmd import data, losses
 from dmd.batch import MODALITIES, Batch, PerModality
 from dmd.checkpoint import load_model
 from dmd.config import LossConfig, ModelConfig, TrainConfig
+from dmd.device import seed_everything
 from dmd.graph import GDUnit, GraphOutput
 from dmd.losses import LossTerms, objective
 from dmd.metrics import evaluate
 from dmd.model import DMD, Output
-from dmd.trainer import History, Trainer, seed_everything
+from dmd.trainer import History, Trainer
 
 __all__ = [
     "DMD",

@@ -291,6 +291,11 @@ class TrainConfig(Config):
             self.epochs is not None or (self.patience is not None and self.scheduler != "cosine"),
             "epochs=None needs a patience, and a scheduler other than 'cosine'",
         )
+        self._require(
+            self.precision != "fp16" or not self.clip_each_batch,
+            "clip_each_batch needs a precision other than 'fp16', which scales the gradients of "
+            "batches",
+        )
         self._require(self.weight_decay >= 0, "weight_decay must not be negative")
         self._require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
         self._require(self.patience is None or self.patience > 0, "patience must be positive")

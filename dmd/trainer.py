@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import lr_scheduler
 
 from dmd import checkpoint
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
+from dmd.device import PRECISIONS, find_device, seed_everything
 from dmd.losses import objective
 from dmd.metrics import compute, evaluate
 from dmd.model import DMD
-
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dmd.optimisation import bound_gradients, groups, make_scheduler
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -38,7 +38,8 @@ class History:
     """What happened: a row an epoch, which epoch was kept, and its scores on the test split.
 
     epochs: dictionaries with `epoch`, `seconds`, `learning_rate`, `train` (unweighted loss terms
-        and `total`, mean over clips) and `valid` (metrics).
+        and `total`, mean over the clips that were seen) and `valid` (metrics), with
+        `test_each_epoch` also `test`.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -48,24 +49,6 @@ class History:
     def curve(self, part: str, name: str) -> list[float]:
         """One number an epoch, for example `curve("valid", "mae")`."""
         return [row[part][name] for row in self.epochs]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the random numbers of PyTorch, for the first weights of a model and for dropout."""
-    torch.manual_seed(seed)
-
-
-def find_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` is cuda, else mps, else cpu. ValueError if not there."""
-    if name == "auto":
-        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps_or_cpu
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # a device from which nothing comes back is none
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {name!r} is not available here: try auto or cpu") from error
-    return device
 
 
 class Trainer:
@@ -104,6 +87,12 @@ class Trainer:
                 f"select={selected!r} is not defined for the labels of the {splits.valid.name} "
                 "split: select 'mae'"
             )
+        if not groups(torch.arange(len(splits.train)), self.config):
+            raise ValueError(
+                f"the {splits.train.name} split has {len(splits.train)} clips, too few for a step "
+                f"of accumulate={self.config.accumulate} batches of "
+                f"batch_size={self.config.batch_size}: lower these, or set drop_incomplete=False"
+            )
         if self.output is not None:
             checkpoint.check_output(self.output, resume)
         self._start(splits)
@@ -113,8 +102,8 @@ class Trainer:
             self._save_last()  # killed at any moment from here on, there is something to load
         with self._stop_on_interrupt():
             while not self._finished():
-                self._train_epoch(splits.train)
-                self._close_epoch(splits)
+                clips = self._train_epoch(splits.train)
+                self._close_epoch(splits, clips)
         self.model.load_state_dict(self.best)
         self.history.test = evaluate(self.model.eval(), splits.test)
         if self.output is not None:
@@ -154,26 +143,30 @@ class Trainer:
             patience is not None and waited >= patience
         )
 
-    def _train_epoch(self, train: Dataset) -> None:
-        """The rest of one pass over the clips; only seed and epoch determine their order."""
+    def _train_epoch(self, train: Dataset) -> int:
+        """The rest of one pass over the clips; only seed and epoch determine their order.
+
+        Returns how many clips the whole pass has.
+        """
         began = time.perf_counter() - self.seconds
         shuffle = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         order = torch.randperm(len(train), generator=shuffle)
-        groups = order.split(self.config.batch_size * self.config.accumulate)
+        steps = groups(order, self.config)
         self.model.train()
-        while self.step < len(groups):
-            self._train_step(train, groups[self.step])
+        while self.step < len(steps):
+            self._train_step(train, steps[self.step])
             self.step += 1
             self.seconds = time.perf_counter() - began
             if sys.stderr.isatty():
-                self._report(self.epoch + 1, f"step {self.step}/{len(groups)}", end="\r")
+                self._report(self.epoch + 1, f"step {self.step}/{len(steps)}", end="\r")
             if self.interrupted:
                 self._save_last()
                 saved = "" if self.output is None else f", saved in {self.output}: --resume goes on"
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} at step {self.step}{saved}")
+        return sum(map(len, steps))
 
     def _train_step(self, train: Dataset, group: Tensor) -> None:
-        """One update, from the mean gradient over a group of one or more batches."""
+        """One update, from the gradients of a group of one or more batches."""
         config = self.config
         self.optimiser.zero_grad(set_to_none=True)
         for index in group.split(config.batch_size):
@@ -190,18 +183,19 @@ class Trainer:
                     f"the loss term {next(broken, 'total')!r} is not finite in epoch "
                     f"{self.epoch + 1} for the clips {clips}"
                 )
-            self.scaler.scale(terms.total * (len(index) / len(group))).backward()
+            weight = len(index) / len(group) if config.accumulate_by == "mean" else 1.0
+            self.scaler.scale(terms.total * weight).backward()
+            if config.clip_each_batch:
+                bound_gradients(self.model.parameters(), config)
             for name, value in {**terms.unweighted, "total": terms.total}.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * len(index)
         self.scaler.unscale_(self.optimiser)
-        if config.clip == "value":
-            nn.utils.clip_grad_value_(self.model.parameters(), config.clip_at)
-        elif config.clip == "norm":
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_at)
+        if not config.clip_each_batch:
+            bound_gradients(self.model.parameters(), config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
-    def _close_epoch(self, splits: Splits) -> None:
+    def _close_epoch(self, splits: Splits, clips: int) -> None:
         """Score the epoch on the validation split, keep it if it is the best, and save."""
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
@@ -209,11 +203,14 @@ class Trainer:
                     f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
         scores = evaluate(self.model, splits.valid)
-        train = {name: float(total) / len(splits.train) for name, total in self.sums.items()}
+        train = {name: float(total) / clips for name, total in self.sums.items()}
         self.epoch += 1
-        row = {"epoch": self.epoch, "seconds": round(self.seconds, 3)}
+        row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3)}
         row["learning_rate"] = self.optimiser.param_groups[0]["lr"]
-        self.history.epochs.append({**row, "train": train, "valid": scores})
+        row |= {"train": train, "valid": scores}
+        if self.config.test_each_epoch:
+            row["test"] = evaluate(self.model, splits.test)
+        self.history.epochs.append(row)
         score = scores[self.config.select] * (-1 if self.config.select == "mae" else 1)
         if math.isnan(score):  # the correlation of constant predictions
             score = -math.inf
@@ -287,7 +284,8 @@ class Trainer:
 
     def _report(self, epoch: int, text: str, end: str = "\n") -> None:
         if self.progress:
-            line = f"epoch {epoch}/{self.config.epochs}  {text}"
+            last = "" if self.config.epochs is None else f"/{self.config.epochs}"
+            line = f"epoch {epoch}{last}  {text}"
             print(f"{line:<79}", end=end, file=sys.stderr, flush=True)
 
     @contextmanager
@@ -307,16 +305,3 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def make_scheduler(
-    optimiser: torch.optim.Optimizer, config: TrainConfig
-) -> lr_scheduler.LRScheduler:
-    """The learning-rate schedule of `config`, to be stepped at the end of each epoch."""
-    if config.scheduler == "plateau":
-        return lr_scheduler.ReduceLROnPlateau(
-            optimiser, mode="max", factor=0.5, patience=5, threshold=0.0
-        )
-    if config.scheduler == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
-    return lr_scheduler.ConstantLR(optimiser, factor=1.0)

@@ -10,7 +10,8 @@ from torch import nn
 import dmd
 from dmd import Batch, LossConfig, TrainConfig, Trainer, checkpoint, trainer
 from dmd.data import Dataset
-from dmd.trainer import NonFiniteLoss, find_device
+from dmd.device import find_device
+from dmd.trainer import NonFiniteLoss
 
 PER_CLIP = LossConfig(gamma=0)  # the margin loss compares clips, so it is no mean over them
 

@@ -47,8 +47,9 @@ from dmd.batch import MODALITIES
 from dmd.config import ModelConfig, TrainConfig
 from dmd.data import Splits, load, mosi_utterances
 from dmd.data.mosi_utterances import Utterances
+from dmd.device import seed_everything
 from dmd.model import DMD
-from dmd.trainer import Trainer, seed_everything
+from dmd.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 SELECTION, RECORD = "mosi_utterances_selection.json", "mosi_utterances.json"

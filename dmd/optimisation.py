@@ -1,0 +1,35 @@
+"""What surrounds a step of the optimiser: its clips, the bound of its gradients, its rate."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+from dmd.config import TrainConfig
+
+
+def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
+    """Cut the clips of an epoch, indices (N,), into the groups of batches that make one step."""
+    found = order.split(config.batch_size * config.accumulate)
+    too_few = config.batch_size * (config.accumulate - 1)  # with so many a batch is missing
+    return [group for group in found if len(group) > too_few or not config.drop_incomplete]
+
+
+def bound_gradients(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
+    """Bound the gradients in place, each or all together, as `config.clip` says."""
+    if config.clip == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_at)
+    elif config.clip == "norm":
+        nn.utils.clip_grad_norm_(parameters, config.clip_at)
+
+
+def make_scheduler(optimiser: Optimizer, config: TrainConfig) -> lr_scheduler.LRScheduler:
+    """The learning-rate schedule of `config`, to be stepped at the end of each epoch."""
+    if config.scheduler == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(
+            optimiser, mode="max", factor=0.5, patience=5, threshold=0.0
+        )
+    if config.scheduler == "cosine":
+        assert config.epochs is not None  # checked by TrainConfig
+        return lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
+    return lr_scheduler.ConstantLR(optimiser, factor=1.0)
