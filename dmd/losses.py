@@ -121,14 +121,16 @@ def margin(
         negative = ~same_class
     if isinstance(alpha, Tensor):
         alpha = alpha[clip][:, clip]
-    triple = positive[:, :, None] & negative[:, None, :]  # (N_i, N_j, N_k)
-    hinge = (alpha + cosines)[:, None, :] - cosines[:, :, None]
-    hinge = hinge.clamp_min(0) * triple
+    # What is no pair stands at an infinity, where no hinge is above zero: no (N, N, N) mask.
+    near = cosines.masked_fill(~positive, math.inf)  # (N_i, N_j)
+    far = (alpha + cosines).masked_fill(~negative, -math.inf)  # (N_i, N_k)
+    if pairs == "triples":  # one modality a row is above -infinity: M times less to compare
+        far = far.unflatten(1, (clips, modalities)).amax(dim=2)  # (N_i, B_k)
+    hinge = (far[:, None, :] - near[:, :, None]).relu().sum(dim=(1, 2))
+    count = positive.sum(dim=1) * negative.sum(dim=1)  # triples of each anchor, (N_i,)
     if mean == "triples":
-        return hinge.sum() / triple.sum().clamp_min(1)
-    count = triple.sum(dim=(1, 2))
-    anchors = hinge.sum(dim=(1, 2)) / count.clamp_min(1)
-    return anchors.sum() / (count > 0).sum().clamp_min(1)
+        return hinge.sum() / count.sum().clamp_min(1)
+    return (hinge / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
 
 
 # What PyTorch's cosine embedding loss adds to squared lengths. The cosines of the released code
