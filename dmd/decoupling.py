@@ -20,7 +20,9 @@ class Decoupled:
 
 
 def shorten(mask: Tensor, lost: int) -> Tensor:
-    """Mask (B, T) of a sequence -> (B, T - lost) of one that lost steps; each clip keeps one."""
+    """Mask (B, T) of a sequence -> (B, T - lost) of one that lost `lost` steps; each clip keeps
+    at least one.
+    """
     if lost == 0:
         return mask
     first = torch.arange(mask.shape[1] - lost, device=mask.device) == 0

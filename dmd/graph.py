@@ -94,7 +94,7 @@ class GDUnit(nn.Module):
         logits = logits[:, :, None]
         if self.edge_logit is not None and self.edge_feature is not None:
             logits, features = self.edge_logit(logits), self.edge_feature(features)
-        node = torch.cat([logits, features], dim=2).transpose(0, 1)  # (B, M, d'+1)
+        node = torch.cat([logits, features], dim=2).transpose(0, 1)  # (B, M, width of a node)
         source = node[:, :, None, :].expand(-1, -1, count, -1)  # row i of the pair (i, j)
         target = node[:, None, :, :].expand(-1, count, -1, -1)  # column j of the pair (i, j)
         score = self.edge(torch.cat([source, target], dim=3)).squeeze(-1)  # (B, M, M)

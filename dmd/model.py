@@ -220,6 +220,18 @@ class DMD(nn.Module):
         """Sequences (B, T_m, d) a modality -> vectors (3, B, d)."""
         return torch.stack([self.pool(x, m) for x, m in zip(sequences, masks, strict=True)])
 
+    def _graphs(
+        self, common: Sequence[Tensor], pooled_common: Tensor, pooled_private: Tensor
+    ) -> tuple[GraphOutput, GraphOutput]:
+        """Both graphs, on the pooled vectors or on what residual heads make of the parts."""
+        if not self.homo_heads:
+            return self.homo(pooled_common), self.hetero(pooled_private)
+        flat = [x.flatten(1) for x in common]
+        logits, _, hidden = zip(*apply_each(self.homo_heads, flat), strict=True)
+        homo = self.homo(torch.stack(hidden), torch.stack(logits))
+        logits, refined, _ = zip(*apply_each(self.hetero_heads, pooled_private), strict=True)
+        return homo, self.hetero(torch.stack(refined), torch.stack(logits))
+
     def forward(self, batch: Batch) -> Output:
         """A batch of B clips -> everything in `Output`."""
         self.check(batch)
@@ -240,15 +252,7 @@ class DMD(nn.Module):
         pooled_private = self._pooled(  # (3, B, 2d)
             self.reinforce(private, masks) if self.memory else private, masks
         )
-        if self.homo_heads:
-            flat = [x.flatten(1) for x in common]
-            logits, _, hidden = zip(*apply_each(self.homo_heads, flat), strict=True)
-            homo = self.homo(torch.stack(hidden), torch.stack(logits))
-            logits, refined, _ = zip(*apply_each(self.hetero_heads, pooled_private), strict=True)
-            hetero = self.hetero(torch.stack(refined), torch.stack(logits))
-        else:
-            homo, hetero = self.homo(pooled_common), self.hetero(pooled_private)
-
+        homo, hetero = self._graphs(common, pooled_common, pooled_private)
         margin_vectors = pooled_common
         if self.margin_projection:
             # channel by channel, as published, where the heads read step by step
