@@ -213,6 +213,22 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tmp_path, monkeypatch, ref
     assert tiny.same(net.model.state_dict(), checkpoint.select(reference[0][1], "model"))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])  # two steps an epoch, and two clips left over
+def test_an_interrupted_released_training_resumes_the_same(tmp_path, monkeypatch, steps):
+    options = {
+        "epochs": None, "patience": 2, "accumulate_by": "sum", "drop_incomplete": True,
+        "clip": "value", "clip_at": 0.1, "clip_each_batch": True, "test_each_epoch": True,
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **options).fit(tiny.splits())
+    assert len(whole.epochs) > 2 and all("test" in row for row in whole.epochs)
+    interrupted_after(steps, monkeypatch)
+    with pytest.raises(Interrupted, match=f"epoch {(steps + 1) // 2} at step {2 - steps % 2},"):
+        trainer(tmp_path / "run", **options).fit(tiny.splits())
+    monkeypatch.undo()
+    trainer(tmp_path / "run", **options).fit(tiny.splits(), resume=True)
+    assert_same(tmp_path / "run", state(tmp_path / "whole"))
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     def train_step(self, *args):
         os.kill(os.getpid(), signal.SIGINT)

@@ -11,6 +11,7 @@ import dmd
 from dmd import Batch, LossConfig, TrainConfig, Trainer, checkpoint, trainer
 from dmd.data import Dataset
 from dmd.device import find_device
+from dmd.optimisation import groups
 from dmd.trainer import NonFiniteLoss
 
 PER_CLIP = LossConfig(gamma=0)  # the margin loss compares clips, so it is no mean over them
@@ -95,8 +96,8 @@ def test_every_epoch_has_another_order_and_sees_every_clip_once(monkeypatch):
 # The update
 
 
-def gradients(monkeypatch, **options):
-    """All gradients of each update, as the optimiser gets them."""
+def spy_on_steps(monkeypatch):
+    """A list that gets all gradients of each update from now on, as the optimiser gets them."""
     seen = []
     step = torch.optim.Adam.step
 
@@ -106,8 +107,14 @@ def gradients(monkeypatch, **options):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    run(epochs=1, **options)
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    return seen
+
+
+def gradients(monkeypatch, **options):
+    """All gradients of each update of one epoch."""
+    with monkeypatch.context() as patch:
+        seen = spy_on_steps(patch)
+        run(epochs=1, **options)
     return seen
 
 
@@ -156,6 +163,99 @@ def test_history_holds_the_mean_over_clips_of_every_term():
         if name != "margin":
             assert row["train"][name] == pytest.approx(value.item(), rel=1e-5), name
     assert row["train"]["total"] == pytest.approx(expected.total.item(), rel=1e-5)
+
+
+STILL = {"language_dropout": 0.0, "output_dropout": 0.0}
+# neither randomness nor any change of the weights: a batch has the same gradient in every run
+FROZEN = {"model": STILL, "learning_rate": 1e-12, "clip": "none"}
+
+
+def test_summed_gradients_add_up_the_batches(monkeypatch):
+    # batches of 4, 4, 4 and 1 clips: the last one, smaller, counts as much as the others
+    options = {**FROZEN, "splits": tiny.splits(train=13), "batch_size": 4}
+    g = gradients(monkeypatch, **options)
+    sums = gradients(monkeypatch, accumulate=2, accumulate_by="sum", **options)
+    assert len(g) == 4 and len(sums) == 2
+    torch.testing.assert_close(sums[0], g[0] + g[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sums[1], g[2] + g[3], rtol=1e-4, atol=1e-6)
+    means = gradients(monkeypatch, accumulate=2, **options)
+    torch.testing.assert_close(sums[0], 2 * means[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", ["value", "norm"])
+def test_clipping_each_batch_bounds_all_that_has_accumulated(monkeypatch, clip):
+    data = tiny.splits(train=12)
+    g = gradients(monkeypatch, splits=data, batch_size=4, **FROZEN)
+    assert len(g) == 3
+    # such that it binds, and not always in the direction in which the sum would be bound
+    bound = 0.5 * float(g[0].abs().mean() if clip == "value" else g[0].norm())
+
+    def bounded(x):
+        return x.clamp(-bound, bound) if clip == "value" else x * min(1, bound / float(x.norm()))
+
+    options = {**FROZEN, "splits": data, "batch_size": 4, "accumulate": 3, "accumulate_by": "sum"}
+    options |= {"clip": clip, "clip_at": bound}
+    (once,) = gradients(monkeypatch, **options)
+    (each,) = gradients(monkeypatch, clip_each_batch=True, **options)
+    torch.testing.assert_close(once, bounded(sum(g)), rtol=1e-4, atol=1e-6)
+    expected = bounded(bounded(bounded(g[0]) + g[1]) + g[2])
+    torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-6)
+    assert float((each - once).abs().max()) > 0.01 * bound
+
+
+def test_half_precision_can_not_clip_each_batch():
+    with pytest.raises(ValueError, match=r"clip_each_batch can't bound .* precision='fp16'"):
+        TrainConfig(precision="fp16", clip_each_batch=True)
+
+
+@pytest.mark.parametrize(
+    ("clips", "complete", "steps"),  # batches of 4, two a step
+    [(8, 8, 1), (9, 8, 2), (12, 8, 2), (13, 13, 2), (15, 15, 2), (16, 16, 2), (20, 16, 3)],
+)
+def test_incomplete_groups_are_dropped_only_if_told_so(monkeypatch, clips, complete, steps):
+    options = {"splits": tiny.splits(train=clips), "batch_size": 4, "accumulate": 2}
+    assert len(gradients(monkeypatch, **options)) == steps
+    taken = []
+    get = Dataset.__getitem__
+    monkeypatch.setattr(
+        Dataset, "__getitem__", lambda self, index: taken.extend(index.tolist()) or get(self, index)
+    )
+    kept = gradients(monkeypatch, drop_incomplete=True, **options)
+    assert len(kept) == (steps if complete == clips else steps - 1)
+    assert len(taken) == len({*taken}) == complete
+
+
+def test_the_released_training_makes_eight_steps_an_epoch_on_mosi():
+    released = TrainConfig.preset("released")
+    order = torch.arange(1284)  # training clips of CMU-MOSI
+    assert [len(clips) for clips in groups(order, released)] == [160] * 8
+    every = groups(order, released.replace(drop_incomplete=False))
+    assert torch.equal(torch.cat(every), order) and len(every) == 9
+
+
+def test_too_few_clips_for_a_step_are_refused_before_anything_is_written(tmp_path):
+    config = tiny.config(batch_size=5, accumulate=3, drop_incomplete=True)
+    with pytest.raises(ValueError) as error:
+        Trainer(tiny.model(), config, tmp_path / "run").fit(tiny.splits(train=10))
+    assert str(error.value) == (
+        "the train split has 10 clips, too few for a step of accumulate=3 batches of "
+        "batch_size=5: lower these, or set drop_incomplete=False"
+    )
+    assert not (tmp_path / "run").exists()
+    run(tiny.splits(train=11), epochs=1, batch_size=5, accumulate=3, drop_incomplete=True)
+
+
+def test_history_holds_the_mean_over_the_clips_that_were_seen(monkeypatch):
+    net, data, taken = tiny.model(**STILL), tiny.splits(train=15, full=True), []
+    net.register_forward_pre_hook(
+        lambda model, args: taken.extend(args[0].ids) if model.training else None
+    )
+    options = {"accumulate": 2, "drop_incomplete": True, "loss": PER_CLIP, "learning_rate": 1e-12}
+    row = Trainer(net, tiny.config(epochs=1, batch_size=5, **options)).fit(data).epochs[0]
+    seen = data.train[[data.train.clips.ids.index(name) for name in taken]]
+    assert len(seen) == 10
+    expected = dmd.objective(net(seen), seen.label, PER_CLIP).total.item()
+    assert row["train"]["total"] == pytest.approx(expected, rel=1e-5)
 
 
 # Schedules, early stopping, selection
@@ -255,6 +355,54 @@ def test_the_model_ends_in_evaluation_mode_and_without_dropout():
     data = tiny.splits()
     assert torch.equal(net(data.test.clips).prediction, net(data.test.clips).prediction)
     assert history.epochs[history.best_epoch - 1]["valid"] == dmd.evaluate(net, data.valid)
+
+
+def test_without_a_number_of_epochs_patience_ends_the_training(scores, capsys):
+    scores(mae=[50.0 - n for n in range(40)] + [20.0])
+    net = tiny.model()
+    config = tiny.config(epochs=None, patience=2, batch_size=14)
+    history = Trainer(net, config, progress=True).fit(tiny.splits())
+    assert history.best_epoch == 40 and len(history.epochs) == 42
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("epoch 42  loss ")
+    Trainer(net, tiny.config(epochs=1), progress=True).fit(tiny.splits())
+    assert capsys.readouterr().err.startswith("epoch 1/1  loss ")
+
+
+def test_scores_on_the_test_split_every_epoch_choose_nothing(tmp_path):
+    plain, history = run(epochs=3)
+    assert all("test" not in row for row in history.epochs)
+    for epochs in (1, 2, 3):
+        folder = tmp_path / str(epochs)
+        net = tiny.model()
+        tested = Trainer(net, tiny.config(epochs=epochs, test_each_epoch=True), folder).fit(
+            tiny.splits()
+        )
+        last, _ = dmd.load_model(folder / "last.safetensors")
+        assert tested.epochs[-1].pop("test") == dmd.evaluate(last, tiny.splits().test)
+    assert tested.curve("valid", "mae") == history.curve("valid", "mae")
+    assert all(row.pop("test") for row in tested.epochs[:-1])
+    assert tiny.without_times(tested.epochs) == tiny.without_times(history.epochs)
+    assert tiny.same(net.state_dict(), plain.state_dict())
+    assert (tested.test, tested.best_epoch) == (history.test, history.best_epoch)
+
+
+def test_the_released_preset_trains(monkeypatch):
+    data = dmd.data.load("synthetic")
+    sizes = {"widths": data.widths, "lengths": data.lengths, "heads": 2, "layers": 1}
+    dmd.seed_everything(0)
+    net = dmd.DMD(dmd.ModelConfig.preset("released", **sizes))
+    config = TrainConfig.preset(
+        "released", batch_size=8, accumulate=3, epochs=2, device="cpu", learning_rate=1e-3
+    )
+    seen = spy_on_steps(monkeypatch)
+    history = Trainer(net, config).fit(data)
+    assert len(seen) == 2 * (math.ceil(len(data.train) / 8) // 3)
+    assert all(0 < float(g.abs().max()) <= torch.tensor(0.6) for g in seen)
+    first, second = history.curve("train", "total")
+    assert second < first
+    assert {"task", "margin", "orthogonality"} < {*history.epochs[0]["train"]}
+    assert history.epochs[history.best_epoch - 1]["test"] == history.test
 
 
 # Precision and devices
