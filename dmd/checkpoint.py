@@ -176,14 +176,16 @@ def restore_training_state(
 def check_output(folder: Path, resume: bool) -> None:
     """Refuse the output folder of a run before any time is spent on it; leaves nothing there.
 
-    Raises OSError if it can't be written, ValueError if it holds a run that is not to be resumed,
-    FileNotFoundError if it holds none that could be.
+    Raises OSError if it can't be written, ValueError if it holds a run that is not to be resumed or
+    a converted model, FileNotFoundError if it holds no run that could be.
     """
     exists = (folder / "last.safetensors").exists()
     if exists and not resume:
         raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
     if resume and not exists:
         raise FileNotFoundError(f"{folder} holds no run to resume: start a new one")
+    if not resume and (folder / "best.safetensors").exists():
+        raise ValueError(f"{folder} already holds a model: choose another folder")
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         with tempfile.TemporaryDirectory(dir=nearest):

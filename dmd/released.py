@@ -39,7 +39,8 @@ def load(path: str | Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors; nothing in it was run: save the "
             "model's state_dict()"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    names = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not names or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path} holds no state dict: save the model's state_dict()")
     return state
 
@@ -184,11 +185,15 @@ def _tensors(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
             "features that it makes",
             stacklevel=3,
         )
-    return {
+    tensors = {
         key: torch.as_tensor(x)
         for key, x in state.items()
         if not key.endswith((".version", "._float_tensor")) and not key.startswith("text_model.")
     }
+    for key, x in tensors.items():
+        if not x.is_floating_point() or x.layout != torch.strided or x.is_meta:
+            raise ValueError(f"{part}: {key!r} is no plain tensor of floating-point numbers")
+    return tensors
 
 
 def _require_released(config: ModelConfig) -> None:
@@ -211,7 +216,7 @@ def _configure(state: Mapping[str, Tensor], given: ModelConfig | None) -> ModelC
         if sizes["dim"] % given.heads:
             raise ValueError(
                 f"the published model has {given.heads} heads, which can't share d = "
-                f"{sizes['dim']} channels: give the config, with its heads"
+                f"{sizes['dim']} channels: say how many there are, heads=..."
             )
     else:
         _require_released(given)
@@ -226,21 +231,25 @@ def _configure(state: Mapping[str, Tensor], given: ModelConfig | None) -> ModelC
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes of the published weights tell of the configuration."""
-    try:
-        shapes = [state[f"proj_{m}.weight"].shape for m in LETTERS]  # (d, D_m, kernel)
-        steps = [state[f"align_c_{m}.weight"].shape[1] // shapes[0][0] for m in LETTERS]
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"this is no published state dict of the main model: {error}") from error
-    dim = shapes[0][0]
+    for m in LETTERS:
+        for key, rank in ((f"proj_{m}.weight", 3), (f"align_c_{m}.weight", 2)):
+            if key not in state:
+                raise ValueError(f"dmd: the weight {key!r} is missing")
+            shape = tuple(state[key].shape)
+            if len(shape) != rank or 0 in shape:
+                raise ValueError(f"dmd: {key!r} has shape {shape}, not {rank} sizes above zero")
+    (dim, *_), widths, kernels = zip(
+        *(state[f"proj_{m}.weight"].shape for m in LETTERS), strict=True
+    )
+    steps = [state[f"align_c_{m}.weight"].shape[1] // dim for m in LETTERS]
+    sizes = zip(steps, widths, kernels, strict=True)
+    layers = {k.split(".")[2] for k in state if k.startswith("trans_l_with_a.layers.")}
     return {
         "dim": dim,
-        "layers": sum(k.startswith("trans_l_with_a.layers.") and "fc1.bias" in k for k in state),
-        "kernels": tuple(k for _, _, k in shapes),
-        "widths": tuple(width for _, width, _ in shapes),
-        "lengths": tuple(
-            t + (k - 1 if width != dim else 0)
-            for t, (_, width, k) in zip(steps, shapes, strict=True)
-        ),
+        "layers": len(layers),
+        "kernels": kernels,
+        "widths": widths,
+        "lengths": tuple(t + (k - 1 if width != dim else 0) for t, width, k in sizes),
     }
 
 

@@ -16,7 +16,15 @@ import tiny_runs as tiny
 import torch
 
 import dmd
-from dmd import LossConfig, ModelConfig, TrainConfig, Trainer, checkpoint, cli
+from dmd import (
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    cli,
+    commands,
+)
 from dmd.data import load, mmsa
 
 ROOT = Path(__file__).parents[1]
@@ -306,7 +314,7 @@ def test_too_little_memory_is_one_sentence(run, monkeypatch):
     def greedy(args):
         raise MemoryError
 
-    monkeypatch.setattr(cli, "data_inspect", greedy)
+    monkeypatch.setattr(commands, "data_inspect", greedy)
     code, _, error = run("data", "inspect", "synthetic")
     assert code == 2 and error.startswith("dmd: not enough memory") and error.count("\n") == 1
 
@@ -316,7 +324,7 @@ def test_warnings_are_one_line_and_as_before_afterwards(run, monkeypatch):
         warnings.warn("something\n  odd", stacklevel=1)
         raise OSError("two\nlines")
 
-    monkeypatch.setattr(cli, "data_inspect", noisy)
+    monkeypatch.setattr(commands, "data_inspect", noisy)
     before, filters = warnings.showwarning, warnings.filters[:]
     code, out, error = run("data", "inspect", "synthetic")
     assert (code, out, error) == (2, "", "dmd: something odd\ndmd: two lines\n")
@@ -342,7 +350,7 @@ def test_exit_codes_of_training_that_stops(run, monkeypatch, tmp_path, error, co
 
 
 def test_a_bug_is_no_bad_input(monkeypatch):
-    monkeypatch.setattr(cli, "data_inspect", lambda args: {}["bug"])
+    monkeypatch.setattr(commands, "data_inspect", lambda args: {}["bug"])
     with pytest.raises(KeyError):
         cli.main(["data", "inspect", "synthetic"])
 
@@ -368,18 +376,18 @@ def test_a_bug_is_no_bad_input(monkeypatch):
     ],
 )
 def test_values_are_read_as_json_or_else_as_text(word, value):
-    found = cli.key_values([word])["x"]
+    found = commands.key_values([word])["x"]
     assert found == value and type(found) is type(value)
-    assert cli.key_values([word], texts={"x"}) == {"x": word[2:]}
+    assert commands.key_values([word], {"x": str}) == {"x": word[2:]}
 
 
 @pytest.mark.parametrize("text", ["123", "1,2", "a,b", "true", "[1]"])
 def test_paths_are_never_taken_for_numbers(monkeypatch, text):
-    monkeypatch.setattr(cli, "load", lambda name, **options: options)
+    monkeypatch.setattr(commands, "load", lambda name, **options: options)
     for name, key in (("mmsa", "path"), ("mult", "path"), ("mosi_utterances", "root")):
-        assert cli.load_data([name, f"{key}={text}"]) == {key: text}
+        assert commands.load_data([name, f"{key}={text}"]) == {key: text}
     words = ["mosi_utterances", f"root={text}", "context=2", "standardise=false"]
-    assert cli.load_data(words) == {"root": text, "context": 2, "standardise": False}
+    assert commands.load_data(words) == {"root": text, "context": 2, "standardise": False}
 
 
 # Bad input: one sentence, exit code 2, nothing written
@@ -414,7 +422,7 @@ TRAIN_MISTAKES = [
 
 @pytest.mark.parametrize(("words", "sentence"), TRAIN_MISTAKES, ids=str)
 def test_mistakes_in_training_options(refused, monkeypatch, source, tmp_path, words, sentence):
-    monkeypatch.setattr(cli, "load_data", lambda words: pytest.fail("read the data first"))
+    monkeypatch.setattr(commands, "load_data", lambda words: pytest.fail("read the data first"))
     data = ["--data", "mmsa", f"path={source}", "--output", tmp_path / "out"]
     assert sentence in refused("train", *data, "--preset", "tiny", *words)
     assert not [*tmp_path.iterdir()]
@@ -545,7 +553,7 @@ def unwritable(tmp_path):
 def test_an_unwritable_output_is_refused_before_the_data_are_read(
     refused, monkeypatch, tmp_path, source
 ):
-    monkeypatch.setattr(cli, "load_data", lambda words: pytest.fail("read the data first"))
+    monkeypatch.setattr(commands, "load_data", lambda words: pytest.fail("read the data first"))
     for place in unwritable(tmp_path):
         message = refused("train", "--data", "mmsa", f"path={source}", "--output", place, *QUICK)
         assert f"can't write to the output folder {place}: " in message
