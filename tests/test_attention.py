@@ -205,6 +205,94 @@ def test_the_embedding_scales_the_features_and_adds_the_positions():
     torch.testing.assert_close(model.embed(x), expected)
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_a_step_whose_first_channel_is_zero_has_a_position_if_so_configured(always):
+    model, (_, x) = encoder(position_at_zero=always), pair()
+    x[0, 1] = 0.0  # a step of zeros, as padding is
+    x[1, 3, 0] = 0.0  # one whose first channel happens to be zero
+    x[1, 4, 1:] = 0.0  # and one of which only the first channel is not
+    found = model.embed(x) - math.sqrt(DIM) * x
+    for b, t in itertools.product(range(CLIPS), range(KEYS)):
+        code = sinusoidal_positions(KEYS, DIM)[t].double()
+        expected = code if always or (b, t) not in [(0, 1), (1, 3)] else 0 * code
+        torch.testing.assert_close(found[b, t], expected)
+
+
+def test_positions_are_the_default_everywhere():
+    assert encoder().embed(torch.zeros(1, 2, DIM).double()).any()
+
+
+# Values that are embedded on their own
+
+
+@torch.no_grad()
+def test_given_values_take_the_place_of_the_source_in_v_only():
+    model, (target, source) = attention(), pair()
+    values = randn(CLIPS, KEYS, DIM, seed=3)
+    weights = model.weights(target, source, MASK)
+    rows, bias = model.key_value.weight[DIM:], model.key_value.bias[DIM:]
+    mixed = weights @ model.split(values @ rows.T + bias)
+    joined = mixed.transpose(1, 2).flatten(2)
+    expected = joined @ model.output.weight.T + model.output.bias
+    torch.testing.assert_close(model(target, source, MASK, values=values), expected)
+    torch.testing.assert_close(model(target, source, values=source), model(target, source))
+
+
+def seen_by_the_first_layer(model, target, source):
+    """Keys and values as the attention of the first layer gets them, before they are normalised."""
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model(target, source)
+    ((_, keys, _, _, values),) = seen
+    return keys, keys if values is None else values
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_separate_values_are_the_same_features_under_another_dropout(separate):
+    model = encoder(embedding_dropout=0.5, separate_values=separate)
+    target, source = pair()
+    keys, values = seen_by_the_first_layer(model, target, source)
+    whole = encoder().embed(source)
+    for found in (keys, values):
+        kept = found != 0
+        assert 0 < kept.sum() < kept.numel()
+        torch.testing.assert_close(found[kept], 2 * whole[kept])
+    assert torch.equal(keys != 0, values != 0) is not separate
+
+
+def test_every_layer_reads_the_separate_values():
+    target, source = pair()
+    model = encoder(layers=2, embedding_dropout=0.5, separate_values=True)
+    seen = []
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model(target, source)
+    assert len(seen) == 2
+    for _, keys, _, _, values in seen:
+        assert not torch.equal(keys, values)
+
+
+def test_separate_values_change_nothing_in_evaluation_nor_where_nothing_is_dropped():
+    target, source = pair()
+    plain = encoder()(target, source, MASK)
+    without_dropout = encoder(separate_values=True)
+    torch.testing.assert_close(without_dropout(target, source, MASK), plain)
+    evaluated = encoder(separate_values=True, embedding_dropout=0.5).eval()
+    torch.testing.assert_close(evaluated(target, source, MASK), plain)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_masked_source_steps_have_no_influence_on_separate_values(separate):
+    target, source = pair()
+    model = encoder(embedding_dropout=0.5, separate_values=separate)
+    other = torch.where(MASK[:, :, None], source, 1e3 * randn(CLIPS, KEYS, DIM, seed=7))
+    found = []
+    for x in (source, other):
+        torch.manual_seed(5)
+        found.append(model(target, x, MASK))
+    assert torch.equal(*found)
+
+
 # The encoder
 
 

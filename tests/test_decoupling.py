@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmd.batch import MODALITIES, padding_mask
-from dmd.decoupling import Decoupling, ShallowEncoder
+from dmd.decoupling import Decoupling, ShallowEncoder, shorten
 
 DIM = 4
 STEPS = (3, 5, 2)
@@ -30,11 +30,11 @@ def shallow_features():
 # The shallow encoders
 
 
-def encoder(width=3, kernel=3, seed=0):
+def encoder(width=3, kernel=3, seed=0, **options):
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch remarks on the cost of even kernels
-        return ShallowEncoder(width, DIM, kernel).double()
+        return ShallowEncoder(width, DIM, kernel, **options).double()
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -79,6 +79,76 @@ def test_a_padded_step_does_not_leak_out_of_the_kernel():
     mask = padding_mask(torch.tensor([2]), 5)
     assert encoder(kernel=5)(randn(1, 5, 3), mask)[0, :2].all()
     assert not encoder(kernel=5)(randn(1, 5, 3), mask)[0, 2:].any()
+
+
+# Without padding under the kernel
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+def test_a_valid_step_is_a_window_that_lies_inside_the_sequence(kernel):
+    net, x = encoder(kernel=kernel, padding="valid"), randn(2, 6, 3)
+    found = net(x, torch.ones(2, 6, dtype=torch.bool))
+    assert found.shape == (2, 6 - kernel + 1, DIM)
+    assert net.lost == kernel - 1
+    weight = net.convolution.weight  # (dim, width, kernel)
+    for t in range(found.shape[1]):
+        expected = sum(x[:, t + k] @ weight[:, :, k].T for k in range(kernel))
+        torch.testing.assert_close(found[:, t], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kernel", [1, 3, 4, 5])
+def test_valid_padding_keeps_the_inner_steps_of_same_padding(kernel):
+    x, mask = randn(2, 6, 3), torch.ones(2, 6, dtype=torch.bool)
+    same, valid = (encoder(kernel=kernel, padding=p)(x, mask) for p in ("same", "valid"))
+    before = (kernel - 1) // 2  # steps of the window before the one that it stands for
+    torch.testing.assert_close(valid, same[:, before : before + 6 - kernel + 1])
+
+
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("kernel", [1, 3, 4])
+def test_of_a_padded_clip_the_windows_inside_it_remain_and_at_least_one(kernel, garbage):
+    net, lengths = encoder(kernel=kernel, padding="valid"), torch.tensor([6, 5, 2, 1])
+    mask = padding_mask(lengths, 6)
+    x = randn(4, 6, 3).masked_fill(~mask[:, :, None], garbage).requires_grad_()
+    found, rest = net(x, mask), shorten(mask, net.lost)
+    assert rest.sum(dim=1).tolist() == [max(int(n) - kernel + 1, 1) for n in lengths]
+    assert torch.equal(rest, padding_mask(rest.sum(dim=1), 6 - kernel + 1))  # the first ones
+    assert not found[~rest].any()
+    clean = torch.where(mask[:, :, None], x.detach(), 0)
+    for b, t in rest.nonzero().tolist():
+        expected = (clean[b, t : t + kernel].T * net.convolution.weight).sum(dim=(1, 2))
+        torch.testing.assert_close(found[b, t], expected)
+    found.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert not x.grad[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [(0, [3, 1, 5]), (1, [2, 1, 4]), (3, [1, 1, 2]), (4, [1, 1, 1])],
+)
+def test_shorten_takes_steps_from_every_clip_and_leaves_one(lost, expected):
+    mask = shorten(padding_mask(torch.tensor([3, 1, 5]), 5), lost)
+    assert torch.equal(mask, padding_mask(torch.tensor(expected), 5 - lost))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_features_of_the_right_width_are_left_as_they_are_if_so_configured(padding):
+    mask = padding_mask(torch.tensor([2, 5]), 5)
+    x = randn(2, 5, DIM)
+    net = encoder(width=DIM, padding=padding, skip_equal=True)
+    assert net.lost == 0
+    assert torch.equal(net(x, mask), x * mask[:, :, None])
+    other = encoder(width=DIM, padding=padding, skip_equal=False)
+    assert other.lost == (2 if padding == "valid" else 0)
+    assert not torch.allclose(other(x, mask)[:, :3], x[:, :3])
+
+
+def test_features_of_another_width_are_not_skipped():
+    x, mask = randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    plain, skipping = (encoder(skip_equal=skip)(x, mask) for skip in (False, True))
+    assert torch.equal(plain, skipping)
 
 
 # Eqs. (1) to (3)

@@ -1,5 +1,6 @@
 """The graph distillation unit: Eqs. 7 and 8 against a loop over the pairs, and what flows where."""
 
+import itertools
 import math
 
 import pytest
@@ -193,3 +194,111 @@ def test_edge_weights_read_the_logits_that_they_are_given():
     one_moved = output.logits.clone()
     one_moved[0] += 1
     assert not torch.allclose(model.edge_weights(features, one_moved), output.edges)
+
+
+# Logits from elsewhere
+
+
+def test_a_unit_without_a_regressor_takes_the_logits_that_it_is_given():
+    whole, features = unit(), vectors()
+    expected = whole(features)
+    bare = unit(regress=False)
+    assert {name for name, _ in bare.named_parameters()} == {"edge.weight", "edge.bias"}
+    bare.edge.load_state_dict(whole.edge.state_dict())
+    found = bare(features, expected.logits)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.edges, expected.edges)
+    assert torch.equal(found.distances, expected.distances)
+
+
+def test_without_regressor_and_edges_the_distances_remain():
+    bare, logits = unit(regress=False, distil=False), vectors()[:, :, 0]
+    assert not list(bare.parameters())
+    output = bare(vectors(), logits)
+    assert not output.edges.any()
+    assert float(output.distances[1, 0, 2]) == abs(float(logits[0, 1] - logits[2, 1]))
+
+
+@pytest.mark.parametrize("regress", [True, False])
+def test_logits_and_regressor_exclude_each_other(regress):
+    logits = vectors()[:, :, 0] if regress else None
+    with pytest.raises(ValueError, match="logits go with a unit that has no regressor") as caught:
+        unit(regress=regress)(vectors(), logits)
+    assert "\n" not in str(caught.value)
+
+
+# Hidden channels in g
+
+
+HIDDEN = 5
+
+
+def scores(gd, features):
+    """log W: what the softmax read, up to one number a clip; (B, M, M), -inf on the diagonal."""
+    return gd(features).edges.log() * gd.edge_temperature
+
+
+@torch.no_grad()
+def test_with_hidden_channels_the_unit_equals_a_loop():
+    gd, features = unit(edge_hidden=HIDDEN, edge_temperature=0.7), vectors()
+    assert gd.edge.in_features == 2 * (HIDDEN + HIDDEN)
+    output = gd(features)
+    for b in range(CLIPS):
+        nodes = []
+        for m in range(3):
+            logit = features[m, b] @ gd.regressor.weight[0] + gd.regressor.bias
+            from_logit = gd.edge_logit.weight[:, 0] * logit + gd.edge_logit.bias
+            from_feature = gd.edge_feature.weight @ features[m, b] + gd.edge_feature.bias
+            nodes.append(torch.cat([from_logit, from_feature]))
+        weight = {
+            (i, j): math.exp(
+                float(gd.edge.weight[0] @ torch.cat([nodes[i], nodes[j]]) + gd.edge.bias) / 0.7
+            )
+            for i, j in itertools.permutations(range(3), 2)
+        }
+        for i, j in itertools.product(range(3), repeat=2):
+            expected = weight.get((i, j), 0.0) / sum(weight.values())
+            assert float(output.edges[b, i, j]) == pytest.approx(expected, rel=1e-9)
+
+
+def around(score):
+    """Along the edges of a circle of three, minus the same against the edges; (B,)."""
+    return sum(score[:, i, (i + 1) % 3] - score[:, (i + 1) % 3, i] for i in range(3))
+
+
+@pytest.mark.parametrize("hidden", [0, HIDDEN])
+@torch.no_grad()
+def test_the_score_of_an_edge_is_a_term_of_its_teacher_plus_one_of_its_student(hidden):
+    """e_ij = p_i + q_j + const, with hidden channels as without: no pair interacts."""
+    score = scores(unit(4, edge_hidden=hidden), vectors(4))
+    mixed = score[:, 0, 2] - score[:, 0, 3] - score[:, 1, 2] + score[:, 1, 3]
+    torch.testing.assert_close(mixed, torch.zeros_like(mixed), atol=1e-12, rtol=0)
+    assert (score[:, 0, 2] - score[:, 0, 3]).abs().min() > 1e-4  # not since all are equal
+    three = scores(unit(edge_hidden=hidden), vectors())
+    torch.testing.assert_close(around(three), torch.zeros(CLIPS).double(), atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_one_nonlinearity_after_the_pair_is_joined_makes_it_interact():
+    """The tests of additivity can fail: the same unit, with a layer more."""
+    gd = unit(edge_hidden=HIDDEN)
+    width = gd.edge.in_features
+    gd.edge = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), gd.edge).double()
+    assert around(scores(gd, vectors())).abs().min() > 1e-4
+
+
+def test_hidden_channels_go_with_the_edges():
+    names = {name for name, _ in unit(edge_hidden=HIDDEN, distil=False).named_parameters()}
+    assert names == {"regressor.weight", "regressor.bias"}
+    full = {name.split(".")[0] for name, _ in unit(edge_hidden=HIDDEN).named_parameters()}
+    assert full == {"regressor", "edge", "edge_logit", "edge_feature"}
+
+
+def test_the_distillation_loss_trains_the_hidden_channels():
+    gd = unit(edge_hidden=HIDDEN)
+    output = gd(vectors())
+    losses.distillation(output.edges, output.distances).backward()
+    for layer in (gd.edge, gd.edge_logit, gd.edge_feature):
+        assert layer.weight.grad.any()
+        # what is added to every score alike cancels in the softmax
+        assert layer.bias.grad.abs().max() < 1e-12
