@@ -346,6 +346,377 @@ def test_both_units_are_built_as_configured(name, stop):
     assert unit.edge_temperature == 0.3
 
 
+# Options of the released implementation, each alone on top of the paper's model
+
+OPTIONS = {
+    "mask_padding": False, "projection_padding": "valid", "skip_equal_projection": True,
+    "position_at_zero": False, "separate_values": True, "memory_layers_min": 3,
+    "acoustic_first": True, "unimodal_heads": "residual", "edge_hidden": (3, 4),
+    "margin_projection": True, "private_projection": True, "common_attention": True,
+    "common_head": True, "gates": "replace",
+}  # fmt: skip
+SIZES = {
+    "widths": TINY.widths, "lengths": (9, 8, 7), "layers": 1, "kernels": (3, 1, 5),
+    "language_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": (0.0, 0.0, 0.0),
+    "output_dropout": 0.0,
+}  # fmt: skip
+RELEASED = ModelConfig.preset("released", heads=2, edge_hidden=(3, 4), **SIZES)
+ALONE = [{name: value} for name, value in OPTIONS.items()]
+
+
+def released(seed=0, **changes):
+    return build(seed, RELEASED, **changes)
+
+
+def with_weights_of(other, **changes):
+    """A model of another configuration whose weights have the same names and shapes."""
+    model = DMD(other.config.replace(**changes)).double()
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+def test_every_difference_of_the_released_preset_is_tried():
+    """Those that the tests above try in their own right stand in `VARIATIONS` and elsewhere."""
+    paper, published = ModelConfig().to_dict(), ModelConfig.preset("released").to_dict()
+    differ = {name for name, value in paper.items() if published[name] != value}
+    tried_above = {"widths", "causal_mask", "pooling", "edge_temperature"}
+    assert differ - tried_above == set(OPTIONS)
+    assert all(getattr(TINY, name) != value for name, value in OPTIONS.items())
+
+
+@pytest.mark.parametrize("changes", [*ALONE, None], ids=str)
+def test_padding_and_other_clips_change_nothing_under_any_option(changes):
+    """Neither what stands in padded steps nor how many of them a batch has; nor batch mates."""
+    model = released() if changes is None else build(**changes)
+    batch = clips()  # unaligned, padded, and clip 1 has a single step of each modality
+    plain = model(batch)
+    assert torch.isfinite(plain.prediction).all()
+    assert_same(model(extended(batch, extra=2)), plain)
+    for b in range(3):
+        assert_same(model(batch[[b]]), plain, clip=b)
+        trimmed = Batch(
+            *(x[b : b + 1, : int(n)] for x, n in zip(batch.features, LENGTHS[b], strict=True))
+        )
+        assert_same(model(trimmed), plain, clip=b)
+
+
+@pytest.mark.parametrize("changes", [*ALONE, None], ids=str)
+def test_padding_changes_no_gradient_under_any_option(changes):
+    """Nor does garbage in it reach one."""
+
+    def gradients(batch):
+        model = released() if changes is None else build(**changes)
+        objective(model(batch), batch.label, LossConfig()).total.backward()
+        return {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
+
+    expected, found = gradients(clips()), gradients(extended(clips(), extra=2))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def zeros_at_the_end(batch, extra):
+    """The same clips, each sequence longer by valid steps of zeros."""
+    features = [
+        torch.nn.functional.pad(x.masked_fill(~mask[:, :, None], 0), (0, 0, 0, extra))
+        for x, mask in zip(batch.features, batch.masks, strict=True)
+    ]
+    return Batch(*features, lengths=batch.lengths + extra, label=batch.label)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_a_mask_padding_is_zeros_that_count(causal):
+    """A clip is then the same with or without zeros at its end, but their number matters."""
+    model, batch = build(mask_padding=False, causal_mask=causal), clips()
+    assert_same(model(zeros_at_the_end(batch, 2)), model(batch))
+    longer = with_weights_of(model, lengths=(10, 10, 10))
+    assert (longer(batch).prediction - model(batch).prediction).abs().min() > 1e-4
+
+    masked = with_weights_of(model, mask_padding=True)
+    assert (masked(batch).prediction - model(batch).prediction).abs().min() > 1e-4
+    zeros = masked(zeros_at_the_end(batch, 2))
+    assert (zeros.prediction - masked(batch).prediction).abs().min() > 1e-4
+    assert_same(with_weights_of(masked, lengths=(10, 10, 10))(batch), masked(batch))
+
+
+def test_without_a_mask_the_last_step_of_a_short_clip_is_padding():
+    output = build(mask_padding=False, pooling="last", kernels=(3, 3, 3))(clips())
+    assert all(mask.all() for mask in output.masks)
+    assert [mask.shape[1] for mask in output.masks] == [*TINY.lengths]
+    assert not output.homo.features.any()  # the common features of a step of zeros are zero
+    filled = build(pooling="last")(clips())
+    assert filled.homo.features.any(dim=2).all()
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_valid_padding_leaves_as_many_steps_as_the_configuration_says(mask):
+    kernels, lengths = (3, 1, 5), (9, 8, 7)
+    model = build(projection_padding="valid", mask_padding=mask, kernels=kernels, lengths=lengths)
+    output = model(clips())
+    assert model.config.steps == (7, 8, 3)
+    for m in range(3):
+        for name in SEQUENCES:
+            assert getattr(output, name)[m].shape == (3, model.config.steps[m], TINY.dim)
+        valid = [
+            max(int(n) - kernels[m] + 1, 1) if mask else model.config.steps[m]
+            for n in LENGTHS[:, m]
+        ]
+        assert torch.equal(
+            output.masks[m], padding_mask(torch.tensor(valid), output.masks[m].shape[1])
+        )
+
+
+def test_a_modality_of_the_width_of_the_model_is_skipped_if_so_configured():
+    config = TINY.replace(widths=(5, 6, 4), skip_equal_projection=True, projection_padding="valid")
+    assert config.steps == (7, 9, 7)
+    batch = clips(config=config)
+    output = build(config=config)(batch)
+    clean = batch.visual.masked_fill(~batch.masks.visual[:, :, None], 0)
+    assert torch.equal(output.shallow.visual[:, :6], clean)
+    assert [x.shape[1] for x in output.shallow] == [7, 9, 7]
+
+
+def inputs_of(modules, run):
+    """What each of the modules, by name, gets as its first input while `run` runs."""
+    seen = {}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
+        )
+    run()
+    return seen
+
+
+def test_acoustic_first_exchanges_the_halves_of_the_answer_to_language_only():
+    seen = []
+    for first in (False, True):
+        model = build(acoustic_first=first)
+        seen.append(inputs_of(model.memory, lambda model=model: model(clips())))
+    plain, turned = seen
+    assert torch.equal(turned["language"], torch.cat(plain["language"].chunk(2, 2)[::-1], 2))
+    for name in ("visual", "acoustic"):
+        assert torch.equal(turned[name], plain[name])
+
+
+def test_memory_layers_min_deepens_the_joining_encoders_only():
+    for layers, least, expected in ((1, 3, 3), (2, 1, 2), (2, 2, 2)):
+        model = build(layers=layers, memory_layers_min=least, common_attention=True)
+        assert {len(net.layers) for net in model.memory.values()} == {expected}
+        others = [*model.crossmodal.values(), *model.common_attention]
+        assert {len(net.layers) for net in others} == {layers}
+
+
+@pytest.mark.parametrize("name", ["position_at_zero", "separate_values"])
+def test_every_encoder_is_built_as_configured(name):
+    model = build(common_attention=True, **{name: OPTIONS[name]})
+    encoders = [*model.crossmodal.values(), *model.memory.values(), *model.common_attention]
+    assert len(encoders) == 6 + 3 + 3
+    assert {getattr(encoder, name) for encoder in encoders} == {OPTIONS[name]}
+
+
+def test_attention_dropout_of_the_common_encoders_goes_by_their_modality():
+    model = build(common_attention=True, attention_dropout=(0.1, 0.2, 0.3))
+    rates = [net.layers[0].attention.dropout for net in model.common_attention]
+    assert rates == [0.1, 0.2, 0.3]
+
+
+def padded(x, steps):
+    return torch.nn.functional.pad(x, (0, 0, 0, steps - x.shape[1]))
+
+
+def test_residual_heads_read_all_steps_of_the_homogeneous_graph():
+    model, batch = build(unimodal_heads="residual", lengths=(9, 8, 7)), clips()
+    output = model(batch)
+    plain = with_common_parts(model)(batch)
+    assert output.homo.features.shape == (3, 3, TINY.dim)
+    assert output.hetero.features.shape == (3, 3, 2 * TINY.dim)
+    for m in range(3):
+        steps = model.config.lengths[m]
+        head = model.homo_heads[m]
+        first, last = head.residual[0], head.residual[-1]
+        x = torch.stack(  # time by time: the channels of step 0, then those of step 1, ...
+            [torch.cat([*clip]) for clip in padded(plain.common[m], steps)]
+        )
+        hidden = (x @ first.weight.T + first.bias).clamp_min(0)
+        refined = x + hidden @ last.weight.T + last.bias
+        logit = refined @ head.regressor.weight[0] + head.regressor.bias
+        torch.testing.assert_close(output.homo.features[m], hidden)
+        torch.testing.assert_close(output.homo.logits[m], logit)
+
+        head, x = model.hetero_heads[m], output.parts[m + 1]
+        first, last = head.residual[0], head.residual[-1]
+        refined = x + (x @ first.weight.T + first.bias).clamp_min(0) @ last.weight.T + last.bias
+        logit = refined @ head.regressor.weight[0] + head.regressor.bias
+        torch.testing.assert_close(output.hetero.features[m], refined)
+        torch.testing.assert_close(output.hetero.logits[m], logit)
+    for graph in ("homo", "hetero"):
+        unit, found = getattr(model, graph), getattr(output, graph)
+        assert unit.regressor is None
+        torch.testing.assert_close(found.edges, unit.edge_weights(found.features, found.logits))
+
+
+def with_common_parts(model):
+    """The paper's model with the same shallow encoders and decoupling."""
+    plain = build(lengths=model.config.lengths)
+    names = ("shallow.", "decoupling.")
+    state = {k: x for k, x in model.state_dict().items() if k.startswith(names)}
+    plain.load_state_dict(plain.state_dict() | state)
+    return plain
+
+
+def test_the_margin_projection_reads_all_steps_channel_by_channel():
+    model, batch = build(margin_projection=True), clips()
+    output, plain = model(batch), with_common_parts(model)(batch)
+    assert torch.equal(plain.margin_vectors, plain.homo.features)
+    torch.testing.assert_close(output.homo.features, plain.homo.features)
+    for m in range(3):
+        linear = model.margin_projection[m]
+        weight = linear.weight.unflatten(1, (TINY.dim, TINY.lengths[m]))  # (d out, d, T)
+        x = padded(plain.common[m], TINY.lengths[m])
+        expected = torch.einsum("oct,btc->bo", weight, x) + linear.bias
+        torch.testing.assert_close(output.margin_vectors[m], expected)
+
+
+def test_the_margin_loss_compares_the_projected_vectors():
+    model, batch = build(margin_projection=True), clips()
+    model.zero_grad()
+    terms = objective(model(batch), batch.label, LossConfig(lambda2=0.0, unimodal=0.0, gamma=1.0))
+    assert terms.unweighted["margin"] > 0
+    terms.total.backward()
+    assert all(linear.weight.grad.any() for linear in model.margin_projection)
+
+
+def test_nothing_reads_the_private_projection():
+    model, batch = build(private_projection=True), clips()
+    plain = build()
+    extra = model.state_dict().keys() - plain.state_dict().keys()
+    assert {name.split(".")[0] for name in extra} == {"private_projection"}
+    plain.load_state_dict({k: x for k, x in model.state_dict().items() if k not in extra})
+    assert_same(model(batch), plain(batch))
+    for m, linear in enumerate(model.private_projection):
+        assert linear.weight.shape == (TINY.dim, TINY.lengths[m] * TINY.dim)
+    objective(model(batch), batch.label, LossConfig()).total.backward()
+    assert all(x.grad is None for x in model.private_projection.parameters())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_common_attention_changes_what_is_fused_and_not_the_graph(pooling):
+    model, batch = build(common_attention=True, pooling=pooling), clips()
+    output = model(batch)
+    pooled = []
+    for m in range(3):
+        x, mask = output.common[m], output.masks[m]
+        attended = model.common_attention[m](x, source_mask=mask)
+        pooled.append((masked_mean if pooling == "mean" else last_valid)(attended, mask))
+        raw = (masked_mean if pooling == "mean" else last_valid)(x, mask)
+        torch.testing.assert_close(output.homo.features[m], raw)
+    torch.testing.assert_close(output.parts[0], torch.cat(pooled, dim=1))
+    torch.testing.assert_close(output.margin_vectors, output.homo.features)
+    torch.testing.assert_close(output.prediction, model.fusion(output.parts)[0])
+
+
+def test_the_common_head_predicts_from_the_joined_common_part():
+    model, batch = build(common_head=True), clips()
+    output = model(batch)
+    x, head = output.parts[0], model.common_head
+    assert x.shape == (3, 3 * TINY.dim)
+    first, last = head.residual[0], head.residual[-1]
+    refined = x + (x @ first.weight.T + first.bias).clamp_min(0) @ last.weight.T + last.bias
+    expected = refined @ head.regressor.weight[0] + head.regressor.bias
+    torch.testing.assert_close(output.common_prediction, expected)
+    assert build()(batch).common_prediction is None
+
+
+def test_gates_may_replace_what_is_fused():
+    model, batch = build(gates="replace"), clips()
+    with torch.no_grad():
+        model.fusion.residual[-1].weight.zero_()
+        model.fusion.residual[-1].bias.zero_()
+    output = model(batch)
+    expected = [g(x).sigmoid() for g, x in zip(model.fusion.gates, output.parts, strict=True)]
+    torch.testing.assert_close(output.fused, torch.cat(expected, dim=1))
+
+
+def test_both_units_have_the_hidden_channels_of_their_graph():
+    model = build(edge_hidden=(3, 4))
+    assert [unit.edge.in_features for unit in (model.homo, model.hetero)] == [4 * 3, 4 * 4]
+    mixed = build(edge_hidden=(0, 4))
+    assert [unit.edge.in_features for unit in (mixed.homo, mixed.hetero)] == [2 * 7, 4 * 4]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("values", [*itertools.product([True, False], repeat=4)], ids=str)
+def test_every_combination_of_switches_trains_under_the_released_presets(values):
+    switches = dict(zip(SWITCHES, values, strict=True))
+    model, batch = released(**switches), clips()
+    gone = set().union(*(GONE[name] for name, on in switches.items() if not on))
+    for graph in ("homo", "hetero"):
+        if not switches[f"{graph}_distillation"]:
+            gone |= {f"{graph}.edge_logit", f"{graph}.edge_feature"}
+    full = parameter_groups(released())
+    assert parameter_groups(model) == Counter({k: n for k, n in full.items() if k not in gone})
+    output = model(batch)
+    terms = objective(output, batch.label, LossConfig.preset("released"))
+    terms.total.backward()
+    assert torch.isfinite(terms.total)
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters() if x.grad is not None)
+    assert bool(output.homo.edges.any()) == switches["homo_distillation"]
+    assert bool(output.hetero.edges.any()) == switches["hetero_distillation"]
+    assert (output.reconstructed is None) == (not switches["decoupling"])
+
+
+@pytest.mark.parametrize("preset", ["released", "released_mosei"])
+def test_every_parameter_of_the_released_presets_is_trained(preset):
+    """Save those that nothing reads, and the terms that a softmax cancels: every bias of g, which
+    is linear, and that of the attention keys.
+    """
+    torch.manual_seed(0)
+    widths = (8, ModelConfig.preset(preset).dim, 5)  # the visual features skip their convolution
+    config = ModelConfig.preset(preset, widths=widths, lengths=(6, 8, 7), layers=2)
+    model = DMD(config).double()
+    batch = clips(5, (6, 8, 7), lengths=None, config=config)
+    batch.label = batch.label.round()  # so that there are clips of one class, and of others
+    batch.label[1] = batch.label[0]
+    objective(model(batch), batch.label, LossConfig.preset("released")).total.backward()
+    largest = max(float(x.grad.abs().max()) for x in model.parameters() if x.grad is not None)
+    unread = {n for n, x in model.named_parameters() if x.grad is None}
+    assert unread == {"shallow.1.convolution.weight"} | {
+        f"private_projection.{m}.{kind}" for m in range(3) for kind in ("weight", "bias")
+    }
+    for name, x in model.named_parameters():
+        gradient = x.grad
+        if name.endswith("key_value.bias"):
+            keys, gradient = gradient.chunk(2)
+            assert keys.abs().max() < 1e-10 * largest, name
+        if name.split(".")[-2].startswith("edge") and name.endswith("bias"):
+            assert gradient.abs().max() < 1e-10 * largest, name
+        elif name not in unread:
+            assert gradient.any(), name
+
+
+def test_a_seed_gives_the_prediction_of_the_released_model_in_any_order_of_clips():
+    model, batch = released(), clips()
+    plain, turned = model(batch), model(batch[[2, 0, 1]])
+    torch.testing.assert_close(turned.prediction, plain.prediction[[2, 0, 1]])
+    torch.testing.assert_close(turned.common_prediction, plain.common_prediction[[2, 0, 1]])
+    torch.testing.assert_close(turned.margin_vectors, plain.margin_vectors[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_released_terms_of_a_mixed_precision_pass_have_single_precision(dtype):
+    batch = clips()
+    single = Batch(*(x.float() for x in batch.features), lengths=batch.lengths)
+    with torch.autocast("cpu", dtype):
+        output = released().float()(single)
+    config = LossConfig.preset("released")
+    terms = objective(output, batch.label.float(), config)
+    assert {x.dtype for x in terms.unweighted.values()} == {torch.float32}
+    exact = objective(released()(batch), batch.label, config).total.float()
+    torch.testing.assert_close(terms.total, exact, rtol=0.02, atol=0)
+
+
 # Bad input
 
 
