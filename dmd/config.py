@@ -293,8 +293,8 @@ class TrainConfig(Config):
         )
         self._require(
             self.precision != "fp16" or not self.clip_each_batch,
-            "clip_each_batch needs a precision other than 'fp16', which scales the gradients of "
-            "batches",
+            "clip_each_batch can't bound the gradients of precision='fp16', which are scaled until "
+            "the step: take 'bf16' or 'float32'",
         )
         self._require(self.weight_decay >= 0, "weight_decay must not be negative")
         self._require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), not {self.seed}")
