@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dmd import (
     checkpoint,
     cli,
     commands,
+    released,
 )
 from dmd.data import load, mmsa
 
@@ -278,6 +280,244 @@ def test_data_inspect_and_export(run, tmp_path, source):
         assert load("mmsa", path=path).fingerprint() == load("mmsa", path=source).fingerprint()
 
 
+# The published code: its preset, its checkpoints
+
+
+@pytest.mark.parametrize(
+    ("preset", "recipe"),
+    [("paper", "paper"), ("tiny", "paper"), ("released", "released"),
+     ("released_mosei", "released")],
+)  # fmt: skip
+def test_a_preset_takes_its_loss_and_training_along(run, monkeypatch, tmp_path, preset, recipe):
+    found = []
+
+    def fit(self, *args, **kwargs):
+        found.append((self.model.config, self.config))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    words = ["train", "--data", "synthetic", "size=tiny", "--output", tmp_path, "--preset", preset]
+    run(*words)
+    run(*words, "--model", "heads=1", "dim=4", "--loss", "alpha=0.3", "edge_regulariser=0",
+        "--train", "epochs=9", "clip=none", "patience=3", "--epochs=2", "--seed=7",
+        "--device=cpu")  # fmt: skip
+    sizes = {"widths": (32, 12, 8), "lengths": (12, 12, 12)}  # those of the data
+    loss = LossConfig.preset(recipe, alpha=0.3, edge_regulariser=0)
+    assert found == [
+        (ModelConfig.preset(preset, **sizes), TrainConfig.preset(recipe)),
+        (
+            ModelConfig.preset(preset, **sizes, heads=1, dim=4),
+            TrainConfig.preset(
+                recipe, epochs=2, clip="none", patience=3, seed=7, device="cpu", loss=loss
+            ),
+        ),
+    ]
+    assert (found[0][1].epochs is None) == (recipe == "released")
+
+
+@pytest.mark.parametrize("none", ["none", "None", "null"])
+def test_training_may_last_until_patience_ends(run, monkeypatch, tmp_path, none):
+    found = []
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, model, config, **more: found.append(config)
+    )
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **more: dmd.History())
+    words = ["train", "--data", "synthetic", "size=tiny", "--output", tmp_path, "--preset", "tiny"]
+    code, _, _ = run(*words, "--train", f"epochs={none}", "clip=none", "scheduler=none")
+    assert code == 0
+    assert (found[0].epochs, found[0].clip, found[0].scheduler) == (None, "none", "none")
+
+
+def test_help_lists_the_presets(run):
+    text = " ".join(run("train", "--help")[1].split())
+    assert f"preset of model, loss and training ({', '.join(ModelConfig.presets())})" in text
+
+
+def test_the_released_preset_trains_resumes_scores_and_predicts(run, source, tmp_path):
+    """Its training drops incomplete groups: the few clips here make a step of one batch."""
+    out = tmp_path / "out"
+    words = ["train", "--data", "mmsa", f"path={source}", "--output", out, "--preset", "released",
+             "--model", "dim=4", "heads=2", "layers=1", "kernels=3,1,2", "--device", "cpu",
+             "--train", "batch_size=4", "accumulate=3", "learning_rate=1e-2", "--json"]  # fmt: skip
+    code, text, _ = run(*words, "--epochs", 1)
+    assert code == 0 and len(parse(text)["epochs"]) == 1
+    before = parse(text)["epochs"]
+    code, text, _ = run(*words, "--epochs", 2, "--resume")
+    assert code == 0 and parse(text)["epochs"][:1] == before and len(parse(text)["epochs"]) == 2
+    code, scores, _ = run("evaluate", out, "--json", "--device", "cpu")
+    assert code == 0 and parse(scores) == pytest.approx(parse(text)["test"], rel=1e-5)
+
+    # Shorter clips are filled up with zeros, and that is what the model is then asked.
+    code, text, _ = run("predict", out, write_clips(tmp_path / "clips.npz"), "--json")
+    assert code == 0
+    clips = tiny.splits().test.clips
+    short = {"language": clips.language[:, :4].numpy(), "lengths": None}
+    filled = {"language": np.pad(short["language"], ((0, 0), (0, 1), (0, 0))), "lengths": None}
+    code, text, _ = run("predict", out, write_clips(tmp_path / "short.npz", **short), "--json")
+    expected = run("predict", out, write_clips(tmp_path / "filled.npz", **filled), "--json")[1]
+    assert code == 0 and text == expected
+
+
+def published(folder, seed=3, **more):
+    """A model of the published structure, and its weights as the published code would save them."""
+    sizes = {"widths": tiny.WIDTHS, "lengths": tiny.LENGTHS, "kernels": (3, 2, 1), "layers": 1}
+    dmd.seed_everything(seed)
+    model = dmd.DMD(ModelConfig.preset("released", **{**sizes, "dim": 6, "heads": 2, **more}))
+    for part, name in (("dmd", "model"), ("homo", "homo"), ("hetero", "hetero")):
+        torch.save(released.to_state(model, part), folder / f"{name}.pth")
+    return model.eval()
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_published_checkpoint_is_converted(run, source, tmp_path, mask):
+    model, out = published(tmp_path, causal_mask=mask), tmp_path / "new" / "out"
+    words = ["released", "convert", tmp_path / "model.pth", out, "--homo", tmp_path / "homo.pth",
+             "--hetero", tmp_path / "hetero.pth"]  # fmt: skip
+    code, text, error = run(*words, "--model", "heads=2", f"causal_mask={mask}", "--json")
+    found = parse(text)
+    assert (code, error) == (0, "")
+    assert [path.name for path in out.iterdir()] == ["best.safetensors"]
+    assert found["output"] == str(out / "best.safetensors")
+    assert (found["dim"], found["layers"], found["heads"], found["kernels"], found["widths"],
+            found["lengths"], found["causal_mask"]) == (
+        6, 1, 2, [3, 2, 1], list(tiny.WIDTHS), list(tiny.LENGTHS), mask)  # fmt: skip
+    net, meta = dmd.load_model(out)
+    assert tiny.same(net.state_dict(), model.state_dict()) and net.config == model.config
+    files = {"dmd": "model.pth", "homo": "homo.pth", "hetero": "hetero.pth"}
+    assert meta["converted_from"] == {part: str(tmp_path / name) for part, name in files.items()}
+    assert meta["provenance"].keys() == checkpoint.provenance().keys()
+
+    clips = tiny.splits().test.clips
+    with torch.no_grad():
+        expected = model(clips)
+    code, text, _ = run("predict", out, write_clips(tmp_path / "clips.npz"), "--json")
+    assert code == 0
+    for name, x in (("prediction", expected.prediction), ("homo_edges", expected.homo.edges),
+                    ("hetero_edges", expected.hetero.edges)):  # fmt: skip
+        np.testing.assert_allclose(parse(text)[name], x.numpy(), rtol=1e-5, atol=1e-6)
+    code, text, _ = run("evaluate", out, "--data", "mmsa", f"path={source}", "--json")
+    with warnings.catch_warnings(action="ignore"):
+        scores = dmd.evaluate(model, load("mmsa", path=source).test)
+    assert code == 0 and parse(text) == pytest.approx(scores, rel=1e-5)
+
+
+def test_without_kernels_only_the_edges_are_at_random(run, tmp_path):
+    model = published(tmp_path)
+    states = []
+    for name in ("a", "b"):
+        torch.rand(len(states) + 1)  # whatever was drawn before, the file is the same
+        words = ["released", "convert", tmp_path / "model.pth", tmp_path / name]
+        code, text, _ = run(*words, "--model", "heads=2")
+        lines = text.splitlines()
+        assert code == 0 and lines[0] == f"output      {tmp_path / name / 'best.safetensors'}"
+        assert "lengths     (5, 4, 3)" in lines
+        assert lines[-1].startswith("edges of homo and hetero: at random")
+        states.append(dmd.load_model(tmp_path / name)[0].state_dict())
+    assert tiny.same(*states)
+    own = model.state_dict()
+    differ = {name.split(".")[0] for name, x in own.items() if not torch.equal(x, states[0][name])}
+    assert differ == {"homo", "hetero"}
+    words = ["released", "convert", tmp_path / "model.pth", tmp_path / "c", "--model", "heads=2"]
+    text = run(*words, "--homo", tmp_path / "homo.pth")[1]
+    assert text.splitlines()[-1].startswith("edges of hetero: at random")
+
+
+def test_without_options_the_published_heads_are_taken(run, refused, tmp_path):
+    published(tmp_path, dim=20, heads=10)
+    assert run("released", "convert", tmp_path / "model.pth", tmp_path / "out")[0] == 0
+    assert dmd.load_model(tmp_path / "out")[0].config.heads == 10
+    published(tmp_path)  # d = 6
+    message = refused("released", "convert", tmp_path / "model.pth", tmp_path / "other")
+    assert str(tmp_path / "model.pth") in message and "heads=..." in message
+
+
+class Payload:
+    """An object whose unpickling would make a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def state_mistakes(state, folder):
+    """What may stand in a file instead of a published state dict, and what is said of it."""
+    weight = state["proj1.weight"]
+    yield {**state, "x": Payload(folder / "ran")}, "nothing in it was run"
+    yield Payload(folder / "ran"), "nothing in it was run"
+    yield {"model": state, "epoch": 3}, "holds no state dict"
+    yield {0: weight, **state}, "holds no state dict"
+    yield [weight], "holds no state dict"
+    yield {}, "'proj_l.weight' is missing"
+    yield {f"model.{key}": x for key, x in state.items()}, "'proj_l.weight' is missing"
+    yield {**state, "proj_l.weight": torch.zeros(6, 4)}, "'proj_l.weight' has shape (6, 4)"
+    yield {**state, "proj_l.weight": torch.zeros(0, 4, 3)}, "has shape (0, 4, 3)"
+    yield {k: x for k, x in state.items() if k != "proj1.weight"}, "'proj1.weight' is missing"
+    yield {**state, "proj1.weight": weight[1:]}, "'proj1.weight' has shape"
+    yield {**state, "proj3.weight": weight}, "'proj3.weight' has no place"
+    yield {**state, "proj1.weight": weight.to_sparse()}, "'proj1.weight' is no plain tensor"
+    yield {**state, "proj1.weight": weight.to("meta")}, "'proj1.weight' is no plain tensor"
+    yield {key: x.long() for key, x in state.items()}, "no plain tensor of floating-point numbers"
+
+
+def test_checkpoints_that_cannot_be_converted(refused, tmp_path):
+    state = released.to_state(published(tmp_path))
+    path, out = tmp_path / "bad.pth", tmp_path / "out"
+    before = sorted([*tmp_path.iterdir(), path])
+    for content, sentence in state_mistakes(state, tmp_path):
+        torch.save(content, path)
+        message = refused("released", "convert", path, out, "--model", "heads=2")
+        assert str(path) in message and sentence in message
+    words = ["released", "convert", tmp_path / "model.pth", out, "--model", "heads=2"]
+    torch.save({"W_edge.bias": Payload(tmp_path / "ran")}, path)
+    for kernel in ("--homo", "--hetero"):
+        assert f"{path} is damaged" in refused(*words, kernel, path)
+        assert f"{kernel[2:]}: the weight" in refused(*words, kernel, tmp_path / "model.pth")
+    path.write_bytes((tmp_path / "model.pth").read_bytes()[:-100])
+    assert f"{path} is damaged" in refused("released", "convert", path, out)
+    assert sorted(tmp_path.iterdir()) == before  # no payload has run, nothing was written
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "haeds=2"], "unknown ModelConfig option 'haeds': did you mean 'heads'?"),
+        (["--model", "heads=4"], "dim=6 must be a multiple of heads=4"),
+        (["--model", "heads=two"], "heads='two' is not of type int"),
+        (["--model", "heads=2", "pooling=mean"], "pooling='mean', but the released model has"),
+        (["--model", "heads=2", "layers=2"], "the config says layers=2, but the weights 1"),
+        (["--model", "heads"], "expected KEY=VALUE, got 'heads'"),
+        (["--homo", "no.pth"], "there is no checkpoint no.pth"),
+        (["--hetreo", "x"], "unknown option '--hetreo': did you mean '--hetero'?"),
+    ],
+)
+def test_mistakes_in_converting(refused, monkeypatch, tmp_path, words, sentence):
+    published(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert sentence in refused("released", "convert", "model.pth", "out", *words)
+    assert "there is no checkpoint none.pth" in refused("released", "convert", "none.pth", "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_converting_and_training_leave_what_is_there_alone(run, refused, trained, tmp_path):
+    published(tmp_path)
+    convert = ["released", "convert", tmp_path / "model.pth"]
+    options, out = ["--model", "heads=2"], tmp_path / "out"
+    assert run(*convert, out, *options)[0] == 0
+    before = {place: place.read_bytes() for f in (out, trained[0]) for place in f.iterdir()}
+    train = ["train", "--data", "synthetic", "--output", out, *QUICK]
+    assert f"{out} already holds a model: choose another" in refused(*convert, out, *options)
+    assert f"{out} already holds a model: choose another" in refused(*train)
+    assert f"{out} holds no run to resume" in refused(*train, "--resume")
+    assert f"{trained[0]} already holds a run" in refused(*convert, trained[0], *options)
+    assert before == {place: place.read_bytes() for f in (out, trained[0]) for place in f.iterdir()}
+    for place in unwritable(tmp_path):
+        message = refused(*convert, place, *options)
+        assert f"can't write to the output folder {place}: " in message
+
+
 # The frame around the commands
 
 
@@ -299,8 +539,10 @@ def test_python_m_dmd_gives_help_and_exit_codes():
 
 
 @pytest.mark.parametrize(
-    "words", ["train", "evaluate", "predict", "data", "data fetch", "data inspect", "data export"]
-)
+    "words",
+    ["train", "evaluate", "predict", "data", "data fetch", "data inspect", "data export",
+     "released", "released convert"],
+)  # fmt: skip
 def test_each_command_has_help_and_says_what_it_misses(words, capsys):
     for more, code in (["--help"], 0), ([], 2):
         with pytest.raises(SystemExit) as stop:
@@ -317,6 +559,8 @@ def test_too_little_memory_is_one_sentence(run, monkeypatch):
     monkeypatch.setattr(commands, "data_inspect", greedy)
     code, _, error = run("data", "inspect", "synthetic")
     assert code == 2 and error.startswith("dmd: not enough memory") and error.count("\n") == 1
+    monkeypatch.setattr(commands, "data_inspect", lambda args: torch.empty(10**15))
+    assert run("data", "inspect", "synthetic") == (code, "", error)
 
 
 def test_warnings_are_one_line_and_as_before_afterwards(run, monkeypatch):
@@ -350,9 +594,11 @@ def test_exit_codes_of_training_that_stops(run, monkeypatch, tmp_path, error, co
 
 
 def test_a_bug_is_no_bad_input(monkeypatch):
-    monkeypatch.setattr(commands, "data_inspect", lambda args: {}["bug"])
-    with pytest.raises(KeyError):
-        cli.main(["data", "inspect", "synthetic"])
+    for bug, mistake in ((KeyError, lambda args: {}["bug"]),
+                         (RuntimeError, lambda args: torch.zeros(2) @ torch.zeros(3))):  # fmt: skip
+        monkeypatch.setattr(commands, "data_inspect", mistake)
+        with pytest.raises(bug):
+            cli.main(["data", "inspect", "synthetic"])
 
 
 @pytest.mark.parametrize(
@@ -367,6 +613,7 @@ def test_a_bug_is_no_bad_input(monkeypatch):
         ("x=False", False),
         ("x=None", None),
         ("x=null", None),
+        ("x=none", "none"),
         ("x=paper", "paper"),
         ("x=a,b", "a,b"),
         ("x=/a/b c=d", "/a/b c=d"),
@@ -379,6 +626,9 @@ def test_values_are_read_as_json_or_else_as_text(word, value):
     found = commands.key_values([word])["x"]
     assert found == value and type(found) is type(value)
     assert commands.key_values([word], {"x": str}) == {"x": word[2:]}
+    assert commands.key_values([word], {"x": str | None}) == {"x": word[2:]}
+    expected = None if value == "none" else value
+    assert commands.key_values([word], {"x": int | None}) == {"x": expected}
 
 
 @pytest.mark.parametrize("text", ["123", "1,2", "a,b", "true", "[1]"])
@@ -417,6 +667,9 @@ TRAIN_MISTAKES = [
     (["--epoch=3"], "unknown option '--epoch': did you mean '--epochs'?"),
     (["word"], "unrecognized arguments: word"),
     (["--model"], "argument --model: expected at least one argument"),
+    (["--preset", "released_mosi"], "'released_mosi': did you mean 'released_mosei'?"),
+    (["--preset", "released", "--loss", "edge_prior=none"], "needs an edge_prior"),
+    (["--train", "epochs=none", "patience=none"], "epochs=None needs a patience"),
 ]
 
 
@@ -699,6 +952,8 @@ def test_a_batch_size_is_a_positive_whole_number(refused, trained, tmp_path, siz
         (["data", "inspekt"], "invalid choice: 'inspekt'"),
         (["evaluate", "x", "--split", "tset"], "invalid choice: 'tset'"),
         (["evaluate"], "required: checkpoint"),
+        (["released", "convret"], "invalid choice: 'convret'"),
+        (["released", "convert", "x.pth"], "required: output"),
         (["predict", "x", "y", "--outptu=z"], "did you mean '--output'?"),
         (["data", "export", "synthetic", "--format", "mat", "--output", "x"], "'mat'"),
         (["data", "fetch", "mosi"], "invalid choice: 'mosi'"),
