@@ -109,7 +109,7 @@ class ModelConfig(Config):
                 min(value) > 0,
                 f"{name} must be three positive integers (language, visual, acoustic), not {value}",
             )
-        for name in ("dim", "heads", "layers", "memory_layers_min"):
+        for name in ("heads", "dim", "layers", "memory_layers_min"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
         self._require(min(self.edge_hidden) >= 0, "edge_hidden must not be negative")
         self._require(

@@ -84,6 +84,52 @@ def test_presets():
         assert ModelConfig.from_json(ModelConfig.preset(name).to_json()) == ModelConfig.preset(name)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_configuration_has_both_presets_and_they_travel(kind):
+    assert {"paper", "released"} <= kind.presets().keys()
+    for name in kind.presets():
+        config = kind.preset(name)
+        assert kind.from_json(config.to_json()) == config
+        assert (config == kind()) is (name == "paper")
+
+
+def test_the_released_training_brings_the_released_losses():
+    assert TrainConfig.preset("released").loss == LossConfig.preset("released")
+    assert TrainConfig.preset("paper").loss == LossConfig.preset("paper")
+
+
+@pytest.mark.parametrize("name", ["released", "released_mosei"])
+def test_a_published_head_has_five_channels(name):
+    config = ModelConfig.preset(name)
+    assert config.dim == 5 * config.heads
+    assert ModelConfig.preset(name, heads=3) == config.replace(heads=3, dim=15)
+    assert ModelConfig.preset(name, heads=3, dim=30) == config.replace(heads=3, dim=30)
+    assert ModelConfig.preset("paper", heads=5).dim == ModelConfig().dim
+    with pytest.raises(ValueError, match="heads='3' is not of type int"):
+        ModelConfig.preset(name, heads="3")
+    with pytest.raises(ValueError, match="heads must be positive"):
+        ModelConfig.preset(name, heads=0)
+
+
+def test_the_steps_are_what_the_convolutions_leave():
+    sizes = {"widths": (6, 5, 4), "dim": 6, "heads": 1, "lengths": (9, 8, 7), "kernels": (3, 1, 5)}
+    assert ModelConfig(**sizes).steps == (9, 8, 7)
+    assert ModelConfig(**sizes, projection_padding="valid").steps == (7, 8, 3)
+    skipping = ModelConfig(**sizes, projection_padding="valid", skip_equal_projection=True)
+    assert skipping.steps == (9, 8, 3)
+
+
+def test_a_kernel_longer_than_its_sequence_is_refused_where_it_would_leave_no_step():
+    sizes = {"widths": (6, 5, 4), "dim": 6, "heads": 1, "lengths": (9, 3, 7), "kernels": (3, 4, 5)}
+    ModelConfig(**sizes)
+    ModelConfig(**{**sizes, "kernels": (3, 3, 7)}, projection_padding="valid")
+    with pytest.raises(ValueError, match="longer than lengths=") as caught:
+        ModelConfig(**sizes, projection_padding="valid")
+    assert "\n" not in str(caught.value)
+    one_skipped = {**sizes, "widths": (5, 6, 4)}  # the visual features are as wide as the model
+    ModelConfig(**one_skipped, projection_padding="valid", skip_equal_projection=True)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -148,6 +194,11 @@ WRONG_VALUES = [
     (ModelConfig, {"heads": -1}, "heads must be positive"),
     (ModelConfig, {"layers": 0}, "layers must be positive"),
     (ModelConfig, {"dim": 15, "heads": 4}, "dim=15 must be a multiple of heads=4"),
+    (ModelConfig, {"memory_layers_min": 0}, "memory_layers_min must be positive"),
+    (ModelConfig, {"edge_hidden": (3, -1)}, "edge_hidden must not be negative"),
+    (ModelConfig, {"projection_padding": "vald"}, "did you mean 'valid'?"),
+    (ModelConfig, {"unimodal_heads": "liner"}, "did you mean 'linear'?"),
+    (ModelConfig, {"gates": "replce"}, "did you mean 'replace'?"),
     (ModelConfig, {"edge_temperature": 0.0}, "edge_temperature must be positive"),
     (ModelConfig, {"edge_temperature": math.inf}, "edge_temperature must be finite"),
     (ModelConfig, {"language_dropout": 1.0}, "language_dropout must lie in [0, 1), not 1.0"),
@@ -157,7 +208,15 @@ WRONG_VALUES = [
     (ModelConfig, {"pooling": "men"}, "pooling: unknown value 'men': did you mean 'mean'?"),
     (LossConfig, {"orthogonality": "sqare"}, "did you mean 'squared'?"),
     *((LossConfig, {name: -0.1}, f"{name} must not be negative")
-      for name in ("lambda1", "lambda2", "gamma", "alpha", "unimodal")),
+      for name in ("lambda1", "lambda2", "gamma", "alpha", "unimodal", "edge_regulariser",
+                   "representation")),
+    (LossConfig, {"edge_regulariser": 1.0}, "edge_regulariser needs an edge_prior"),
+    (LossConfig, {"orthogonality_axis": "bach"}, "did you mean 'batch'?"),
+    (LossConfig, {"margin_pairs": "al"}, "did you mean 'all'?"),
+    (LossConfig, {"margin_class": "exct"}, "did you mean 'exact'?"),
+    (LossConfig, {"margin_size": "label"}, "did you mean 'labels'?"),
+    (LossConfig, {"margin_mean": "anchor"}, "did you mean 'anchors'?"),
+    (LossConfig, {"edge_prior": "unifrm"}, "did you mean 'uniform'?"),
     (LossConfig, {"gamma": math.nan}, "gamma must be finite"),
     *((TrainConfig, {name: 0}, f"{name} must be positive")
       for name in ("epochs", "batch_size", "accumulate", "learning_rate", "clip_at", "patience")),
