@@ -385,6 +385,13 @@ def test_scores_on_the_test_split_every_epoch_choose_nothing(tmp_path):
     assert tiny.without_times(tested.epochs) == tiny.without_times(history.epochs)
     assert tiny.same(net.state_dict(), plain.state_dict())
     assert (tested.test, tested.best_epoch) == (history.test, history.best_epoch)
+    # test clips of the opposite sentiment get worse while the others get better
+    data = tiny.splits()
+    data.test.label.neg_()
+    opposite, history = run(data, epochs=3, test_each_epoch=True)
+    curve = history.curve("test", "mae")
+    assert history.best_epoch == tested.best_epoch != 1 + curve.index(min(curve))
+    assert tiny.same(opposite.state_dict(), plain.state_dict())
 
 
 def test_the_released_preset_trains(monkeypatch):
