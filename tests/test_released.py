@@ -160,8 +160,8 @@ def test_outputs_losses_and_gradients_agree_with_the_reference(name):
     assert_agree(released.outputs(model, **given), out, 1e-10)
     assert_agree(found, expected, 1e-10)
 
-    found["total"].backward()
-    expected["total"].backward()
+    for loss in (found, expected):  # homo_repr is no part of the total, but has a gradient
+        (loss["total"] + loss["homo_repr"]).backward()
     assert all(p.grad is None for p in model.private_projection.parameters())
     slope = copy.deepcopy(model)  # to_state moves numbers about, so it moves a gradient as well
     with torch.no_grad():
@@ -182,6 +182,15 @@ def test_a_first_channel_of_zero_takes_the_position_code_away_in_both():
     out = released.outputs(build(states, 3, True), **given)
     assert (out["s_v"][..., 0] == 0).all() and (out["s_v"] != 0).any()
     assert_agree(out, reference.outputs(*states, **given, heads=3, mask=True), 1e-10)
+
+
+def test_short_clips_are_filled_up_with_zeros_that_count_as_steps():
+    model, given = build(states_of(SMALL), 3, True), inputs(SMALL, 3)
+    short = {name: x[:, :-2] for name, x in given.items()}
+    for x in given.values():
+        x[:, -2:] = 0
+    full = released.outputs(model, **given)
+    assert_agree(released.outputs(model, **short), full, 0)
 
 
 def test_single_precision_stays_near_the_reference():
@@ -321,6 +330,19 @@ def test_a_config_without_the_sizes_that_shapes_tell_is_enough(mask):
     found = released.from_state(states_of(sizes)[0], config=config).config
     assert (found.dim, found.layers, found.kernels) == (12, 2, (3, 1, 5))
     assert (found.heads, found.causal_mask) == (3, mask)
+
+
+def test_attention_dropout_goes_by_the_source():
+    rates = dict(zip("lva", (0.1, 0.2, 0.3), strict=True))
+    names = dict(zip("lva", ("language", "visual", "acoustic"), strict=True))
+    config = ModelConfig.preset("released", heads=3, attention_dropout=tuple(rates.values()))
+    model = released.from_state(states_of(SMALL)[0], config=config)
+    for m, (letter, name) in enumerate(names.items()):
+        encoders = {model.common_attention[m]: rates[letter], model.memory[name]: rates["l"]}
+        for source in reference.SOURCES[letter]:
+            encoders[model.crossmodal[f"{names[source]}_to_{name}"]] = rates[source]
+        for encoder, rate in encoders.items():
+            assert all(layer.attention.dropout == rate for layer in encoder.layers)
 
 
 def test_dropout_is_the_users_to_choose():
