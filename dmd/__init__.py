@@ -1,6 +1,6 @@
 """DMD: decoupled multimodal distilling for emotion recognition (Li, Wang and Cui, CVPR 2023)."""
 
-from dmd import data, losses
+from dmd import data, losses, released
 from dmd.batch import MODALITIES, Batch, PerModality
 from dmd.checkpoint import load_model
 from dmd.config import LossConfig, ModelConfig, TrainConfig
@@ -30,5 +30,6 @@ __all__ = [
     "load_model",
     "losses",
     "objective",
+    "released",
     "seed_everything",
 ]

@@ -5,21 +5,20 @@ for private, `c` for common, `low` for homogeneous and `high` for heterogeneous 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmd.batch import MODALITIES, Batch, PerModality
+from dmd.batch import Batch
 from dmd.config import LossConfig, ModelConfig
 from dmd.losses import distillation, edge_prior, objective
 from dmd.model import DMD, Output
+from dmd.published_keys import LETTERS, Part, published
 
-LETTERS = PerModality("l", "v", "a")
 SIZES = ("dim", "layers", "kernels", "widths", "lengths")
-Part = Literal["dmd", "homo", "hetero"]
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
@@ -45,72 +44,6 @@ def load(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _linear(theirs: str, ours: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for kind in ("weight", "bias"):
-        yield f"{theirs}.{kind}", own[f"{ours}.{kind}"]
-
-
-def _encoder(theirs: str, ours: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    layer = 0
-    while f"{ours}.layers.{layer}.attention.query.weight" in own:
-        to, at = f"{theirs}.layers.{layer}", f"{ours}.layers.{layer}"
-        for kind in ("weight", "bias"):
-            packed = [own[f"{at}.attention.{name}.{kind}"] for name in ("query", "key_value")]
-            yield f"{to}.self_attn.in_proj_{kind}", torch.cat(packed)
-        yield from _linear(f"{to}.self_attn.out_proj", f"{at}.attention.output", own)
-        yield from _linear(f"{to}.fc1", f"{at}.feedforward.0", own)
-        yield from _linear(f"{to}.fc2", f"{at}.feedforward.2", own)
-        yield from _linear(f"{to}.layer_norms.0", f"{at}.attention_norm", own)
-        yield from _linear(f"{to}.layer_norms.1", f"{at}.feedforward_norm", own)
-        layer += 1
-    yield from _linear(f"{theirs}.layer_norm", f"{ours}.norm", own)
-
-
-def _main(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The main model's weights by their published keys, from those of `DMD`."""
-    yield "encoder_c.weight", own["decoupling.common_encoder.weight"][:, :, None]
-    for m, (name, letter) in enumerate(zip(MODALITIES, LETTERS, strict=True)):
-        yield f"proj_{letter}.weight", own[f"shallow.{m}.convolution.weight"]
-        encoder = own[f"decoupling.private_encoders.{m}.weight"]
-        yield f"encoder_s_{letter}.weight", encoder[:, :, None]
-        common, private = own[f"decoupling.decoders.{m}.weight"].chunk(2, dim=1)
-        yield f"decoder_{letter}.weight", torch.cat([private, common], dim=1)[:, :, None]
-        yield from _linear(f"proj_cosine_{letter}", f"private_projection.{m}", own)
-        yield from _linear(f"align_c_{letter}", f"margin_projection.{m}", own)
-        yield from _encoder(f"self_attentions_c_{letter}", f"common_attention.{m}", own)
-        for other, source in zip(MODALITIES, LETTERS, strict=True):
-            if other != name:
-                ours = f"crossmodal.{other}_to_{name}"
-                yield from _encoder(f"trans_{letter}_with_{source}", ours, own)
-        yield from _encoder(f"trans_{letter}_mem", f"memory.{name}", own)
-        for theirs, ours in (("low", f"homo_heads.{m}"), ("high", f"hetero_heads.{m}")):
-            yield from _linear(f"proj1_{letter}_{theirs}", f"{ours}.residual.0", own)
-            yield from _linear(f"proj2_{letter}_{theirs}", f"{ours}.residual.3", own)
-            yield from _linear(f"out_layer_{letter}_{theirs}", f"{ours}.regressor", own)
-        yield from _linear(f"weight_{letter}", f"fusion.gates.{m + 1}", own)
-    yield from _linear("weight_c", "fusion.gates.0", own)
-    yield from _linear("proj1_c", "common_head.residual.0", own)
-    yield from _linear("proj2_c", "common_head.residual.3", own)
-    yield from _linear("out_layer_c", "common_head.regressor", own)
-    # Ours joins [common, l, v, a], theirs [l, v, a, common].
-    width = len(own["fusion.gates.0.bias"])
-    yield "proj1.weight", own["fusion.residual.0.weight"].roll(-width, dims=1)
-    yield "proj1.bias", own["fusion.residual.0.bias"]
-    yield "proj2.weight", own["fusion.residual.3.weight"].roll(-width, dims=0)
-    yield "proj2.bias", own["fusion.residual.3.bias"].roll(-width)
-    yield "out_layer.weight", own["fusion.regressor.weight"].roll(-width, dims=1)
-    yield "out_layer.bias", own["fusion.regressor.bias"]
-
-
-def _kernel(own: Mapping[str, Tensor], graph: str) -> Iterator[tuple[str, Tensor]]:
-    """A distillation kernel's weights by their published keys."""
-    yield from _linear("W_logit", f"{graph}.edge_logit", own)
-    yield from _linear("W_repr", f"{graph}.edge_feature", own)
-    teacher, student = own[f"{graph}.edge.weight"].chunk(2, dim=1)
-    yield "W_edge.weight", torch.cat([student, teacher], dim=1)
-    yield "W_edge.bias", own[f"{graph}.edge.bias"]
-
-
 def to_state(model: DMD, part: Part = "dmd") -> dict[str, Tensor]:
     """The weights of a released model by their published keys: the inverse of `from_state`.
 
@@ -120,7 +53,7 @@ def to_state(model: DMD, part: Part = "dmd") -> dict[str, Tensor]:
     """
     _require_released(model.config)
     own = {k: x.detach().clone() for k, x in model.state_dict().items()}
-    state = dict(_main(own) if part == "dmd" else _kernel(own, part))
+    state = published(own, part)
     if part == "dmd":
         encoders = [k.removesuffix("layer_norm.weight") for k in state if ".layer_norm.weight" in k]
         for encoder in encoders:
@@ -157,10 +90,11 @@ def from_state(
     number = torch.arange(sum(sizes)).split(sizes)
     numbers = {k: n.view_as(x) for (k, x), n in zip(own.items(), number, strict=True)}
     flat = torch.cat([x.flatten() for x in own.values()])
-    for part, weights in (("dmd", main), ("homo", homo), ("hetero", hetero)):
+    given: dict[Part, Mapping[str, Any] | None] = {"dmd": main, "homo": homo, "hetero": hetero}
+    for part, weights in given.items():
         if weights is None:
             continue
-        places = dict(_main(numbers) if part == "dmd" else _kernel(numbers, part))
+        places = published(numbers, part)
         tensors = _tensors(weights, part)
         for key in tensors.keys() - places.keys():
             raise ValueError(f"{part}: the weight {key!r} has no place in the released model")

@@ -200,6 +200,14 @@ def test_a_mean_over_anchors_gives_each_the_same_weight():
     assert by_triple == pytest.approx(sum(t for t, _ in anchors) / sum(n for _, n in anchors))
 
 
+def test_an_anchor_without_a_positive_is_left_out_of_the_mean():
+    """With one modality the last clip, the only one of its class, has none."""
+    common, classes = randn(6, 1, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    value = losses.margin(common, classes, 0.5, "all", "anchors")
+    expected = loop_options(common, classes, 0.5, "all", "anchors")
+    assert float(value) == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize("mean", ["triples", "anchors"])
 @pytest.mark.parametrize("pairs", ["triples", "all"])
 @pytest.mark.parametrize(

@@ -621,8 +621,9 @@ def test_common_attention_changes_what_is_fused_and_not_the_graph(pooling):
     torch.testing.assert_close(output.prediction, model.fusion(output.parts)[0])
 
 
-def test_the_common_head_predicts_from_the_joined_common_part():
-    model, batch = build(common_head=True), clips()
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_common_head_predicts_from_the_joined_common_part(attention):
+    model, batch = build(common_head=True, common_attention=attention), clips()
     output = model(batch)
     x, head = output.parts[0], model.common_head
     assert x.shape == (3, 3 * TINY.dim)
