@@ -687,8 +687,9 @@ def test_every_option_of_the_losses_changes_a_gradient(name):
     assert any(not torch.equal(plain[key], other[key]) for key in plain)
 
 
-def test_the_margin_term_is_as_configured():
-    _, output = forward()
+@pytest.mark.parametrize("model", [TINY, RELEASED], ids=["paper", "released"])
+def test_the_margin_term_is_as_configured(model):
+    _, output = forward(model)
     vectors = output.margin_vectors.transpose(0, 1)
     label = LABEL.clone()
     label[2] = label[0]
