@@ -2,147 +2,217 @@
 
 One modality asks (the target, whose features are reinforced) and another answers (the source).
 With the source equal to the target the same encoder is ordinary self-attention.
+
+Several encoders of one shape, each with its own weights, run side by side: every weight has a
+leading axis of encoders, and so have the features, (n, B, T, dim).
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmd.kernels import attend
 
-def sinusoidal_positions(steps: int, dim: int) -> Tensor:
+ALL = slice(None)
+
+
+@functools.lru_cache(maxsize=32)
+def sinusoidal_positions(
+    steps: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """The position code (steps, dim): sines in the first half, cosines in the second.
 
     Step t is counted from 1; wavelengths grow geometrically from 2 pi to 20,000 pi. The last
-    channel of an odd number is zero. In single precision, whatever the precision of the features.
+    channel of an odd number is zero. Computed in single precision, whatever the dtype.
     """
     half = dim // 2
     ratio = math.log(10_000) / max(half - 1, 1)
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -ratio)
-    angle = torch.arange(1, steps + 1, dtype=torch.float32)[:, None] * frequency  # (steps, half)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))
+    with torch.inference_mode(False):  # the code is kept for training, whoever asks first
+        frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -ratio)
+        angle = torch.arange(1, steps + 1, dtype=torch.float32)[:, None] * frequency
+        code = F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))
+        return code.to(device=device, dtype=dtype)
+
+
+def visible_keys(
+    target: Tensor,
+    source: Tensor,
+    source_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor | None:
+    """Which keys each query may see: (n, B or 1, 1, T_q or 1, T_k), or None for all of them.
+
+    target, source: features (n, B, T_q, dim) and (n, B, T_k, dim); masks (n, B, T), true at the
+    valid steps. The mask of the target matters only with `causal`, for the length of each clip.
+    causal: let query t see only keys up to t, shifted by the difference of the clip's lengths.
+    """
+    mask = None if source_mask is None else source_mask[:, :, None, None, :]
+    if not causal:
+        return mask
+    # Lengths of the clips, not of their padding: else padding would move what is visible.
+    shift = (_steps(source, source_mask) - _steps(target, target_mask)).abs()
+    query = torch.arange(target.shape[2], device=target.device)[:, None]
+    key = torch.arange(source.shape[2], device=target.device)
+    past = key <= query + shift[:, :, None, None, None]
+    # A query without any valid key would be 0/0: the first key is always valid.
+    return past if mask is None else past & mask
 
 
 def _steps(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Valid steps of each clip (B,) of x (B, T, dim) with mask (B, T); without one, (1,): T."""
-    return torch.tensor([x.shape[1]], device=x.device) if mask is None else mask.sum(dim=1)
+    """Valid steps of each clip (n, B) of x (n, B, T, dim); without a mask, (n, 1): T."""
+    if mask is None:
+        return torch.full((len(x), 1), x.shape[2], device=x.device)
+    return mask.sum(dim=2)
+
+
+def pick(x: Tensor, members: slice) -> Tensor:
+    """Some of n encoders, on the first axis of x; no operation where it is all of them."""
+    return x if members == ALL else x[members]
+
+
+class Linear(nn.Module):
+    """Linear maps of n encoders side by side, (n, B, T, inputs) -> (n, B, T, outputs)."""
+
+    def __init__(self, count: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, members: slice = ALL) -> Tensor:
+        """The maps of `members` of the encoders, x having as many on its first axis."""
+        weight, bias = pick(self.weight, members), pick(self.bias, members)
+        y = torch.baddbmm(bias[:, None], x.flatten(1, 2), weight.transpose(1, 2))
+        return y.unflatten(1, x.shape[1:3])
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of n encoders side by side, (n, B, T, dim) -> the same."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, dim))
+        self.bias = nn.Parameter(torch.zeros(count, dim))
+
+    def forward(self, x: Tensor, members: slice = ALL) -> Tensor:
+        """The norms of `members` of the encoders."""
+        weight, bias = (pick(w, members)[:, None, None] for w in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
 class MultiheadAttention(nn.Module):
-    """Scaled dot-product attention of several heads (Eq. 10).
+    """Scaled dot-product attention of several heads (Eq. 10), for n encoders side by side.
 
     Q = target P_q, K = source P_k, V = source P_v; each head has dim / heads columns of them and
     computes softmax(Q K^T / sqrt(dim / heads)) V; the heads are joined by a linear map.
+    dropout: of the attention weights, one share for each encoder.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, causal: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, dropout: Sequence[float] = (0.0,)) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
-        self.causal = causal
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.output = nn.Linear(dim, dim)
+        self.dropout = tuple(dropout)
+        self.query = Linear(len(dropout), dim, dim)
+        self.key_value = Linear(len(dropout), dim, 2 * dim)
+        self.output = Linear(len(dropout), dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        """Features (B, T, dim) -> their columns by head, (B, heads, T, dim / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def visible(
-        self,
-        target: Tensor,
-        source: Tensor,
-        source_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-    ) -> Tensor | None:
-        """Which keys each query may see: (B or 1, 1, T_q or 1, T_k), or None for all of them."""
-        mask = None if source_mask is None else source_mask[:, None, None, :]
-        if not self.causal:
-            return mask
-        # Lengths of the clips, not of their padding: else padding would move what is visible.
-        shift = _steps(source, source_mask) - _steps(target, target_mask)  # (B or 1,)
-        query = torch.arange(target.shape[1], device=target.device)[:, None]
-        key = torch.arange(source.shape[1], device=target.device)
-        past = key <= query + shift.abs()[:, None, None, None]
-        # A query without any valid key would be 0/0: the first key is always valid.
-        return past if mask is None else past & mask
+        """Features (n, B, T, dim) -> their columns by head, (n, B, heads, T, dim / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def forward(
         self,
         target: Tensor,
         source: Tensor,
-        source_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        members: slice = ALL,
         values: Tensor | None = None,
     ) -> Tensor:
-        """Target (B, T_q, dim), source (B, T_k, dim), masks (B, T_k), (B, T_q) -> (B, T_q, dim).
+        """Target (n, B, T_q, dim), source (n, B, T_k, dim) -> (n, B, T_q, dim).
 
-        The mask of the target matters only with `causal`, for the length of each clip. `values`
-        (B, T_k, dim), where given, takes the place of the source in V.
+        visible: as `visible_keys` gives it. `values` (n, B, T_k, dim), where given, takes the place
+        of the source in V.
         """
-        key, value = self.key_value(source).chunk(2, dim=-1)
+        key, value = self.key_value(source, members).chunk(2, dim=-1)
         if values is not None:
-            value = self.key_value(values).chunk(2, dim=-1)[1]
-        mixed = F.scaled_dot_product_attention(
-            self.split(self.query(target)),
-            self.split(key),
-            self.split(value),
-            attn_mask=self.visible(target, source, source_mask, target_mask),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.output(mixed.transpose(1, 2).flatten(2))
+            value = self.key_value(values, members).chunk(2, dim=-1)[1]
+        q, k, v = self.split(self.query(target, members)), self.split(key), self.split(value)
+        rates = self.dropout[members] if self.training else (0.0,) * len(q)
+        if visible is not None:
+            visible = visible.expand(*q.shape[:2], -1, -1, -1)
+        mixed = []
+        for run, rate in runs(rates):
+            rows = [pick(x, run).flatten(0, 1) for x in (q, k, v)]  # (n * B, heads, T, width)
+            seen = None if visible is None else pick(visible, run).flatten(0, 1)
+            mixed.append(attend(*rows, visible=seen, dropout=rate))
+        joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return self.output(joined.transpose(1, 2).flatten(2).unflatten(0, q.shape[:2]), members)
 
     def weights(
-        self,
-        target: Tensor,
-        source: Tensor,
-        source_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        self, target: Tensor, source: Tensor, visible: Tensor | None = None, members: slice = ALL
     ) -> Tensor:
-        """The weights (B, heads, T_q, T_k) with which `forward` averages; each row sums to 1."""
-        key, _ = self.key_value(source).chunk(2, dim=-1)
-        q, k = self.split(self.query(target)), self.split(key)
+        """The weights (n, B, heads, T_q, T_k) with which `forward` averages; rows sum to 1."""
+        key, _ = self.key_value(source, members).chunk(2, dim=-1)
+        q, k = self.split(self.query(target, members)), self.split(key)
         score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        visible = self.visible(target, source, source_mask, target_mask)
         if visible is not None:
             score = score.masked_fill(~visible, -math.inf)
         return score.softmax(dim=-1)
 
 
+def runs(rates: Sequence[float]) -> list[tuple[slice, float]]:
+    """Neighbours that are equal: `(0.3, 0.3, 0)` -> `[(slice(0, 2), 0.3), (slice(2, 3), 0)]`."""
+    if len(set(rates)) == 1:
+        return [(ALL, rates[0])]
+    found: list[tuple[slice, float]] = []
+    for i, rate in enumerate(rates):
+        if found and found[-1][1] == rate:
+            found[-1] = (slice(found[-1][0].start, i + 1), rate)
+        else:
+            found.append((slice(i, i + 1), rate))
+    return found
+
+
 class EncoderLayer(nn.Module):
     """Attention to the source, then a two-layer network a step; each normalised and residual."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, causal: bool) -> None:
+    def __init__(self, dim: int, heads: int, dropout: Sequence[float]) -> None:
         super().__init__()
-        self.attention = MultiheadAttention(dim, heads, dropout, causal)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim)
-        )
-        self.feedforward_norm = nn.LayerNorm(dim)
+        count = len(dropout)
+        self.attention = MultiheadAttention(dim, heads, dropout)
+        self.attention_norm = LayerNorm(count, dim)
+        self.expand = Linear(count, dim, 4 * dim)
+        self.contract = Linear(count, 4 * dim, dim)
+        self.feedforward_norm = LayerNorm(count, dim)
 
     def forward(
         self,
         target: Tensor,
         source: Tensor | None,
-        source_mask: Tensor | None,
-        target_mask: Tensor | None,
+        visible: Tensor | None,
+        members: slice = ALL,
         values: Tensor | None = None,
     ) -> Tensor:
-        """Target (B, T_q, dim), source (B, T_k, dim) or None (self-attention) -> (B, T_q, dim)."""
-        query = self.attention_norm(target)
-        key = query if source is None else self.attention_norm(source)
-        value = None if values is None else self.attention_norm(values)
-        target = target + self.attention(query, key, source_mask, target_mask, value)
-        return target + self.feedforward(self.feedforward_norm(target))
+        """Target (n, B, T_q, dim), source (n, B, T_k, dim) or None: itself -> as the target."""
+        query = self.attention_norm(target, members)
+        key = query if source is None else self.attention_norm(source, members)
+        value = None if values is None else self.attention_norm(values, members)
+        target = target + self.attention(query, key, visible, members, value)
+        hidden = self.expand(self.feedforward_norm(target, members), members).relu()
+        return target + self.contract(hidden, members)
 
 
 class CrossmodalEncoder(nn.Module):
-    """Reinforce a target sequence with a source sequence of another modality (Sec. 3.2, HeteroGD).
+    """Reinforce target sequences with source sequences of other modalities (Sec. 3.2, HeteroGD).
 
     dim, heads, layers: width, attention heads and layers.
-    embedding_dropout: on the embedded sequences; attention_dropout: on the attention weights.
+    embedding_dropout: on the embedded sequences.
+    attention_dropout: on the attention weights; a number, or one for each of n encoders.
     causal: let query t see only keys up to t, shifted by the difference of the clip's lengths.
     position_at_zero: whether a step whose first channel is exactly zero has a position code.
     separate_values: embed the source twice, once for keys and once for values, which differ by
@@ -157,26 +227,32 @@ class CrossmodalEncoder(nn.Module):
         heads: int,
         layers: int,
         embedding_dropout: float = 0.0,
-        attention_dropout: float = 0.0,
+        attention_dropout: float | Sequence[float] = 0.0,
         causal: bool = False,
         position_at_zero: bool = True,
         separate_values: bool = False,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.position_at_zero = position_at_zero
         self.separate_values = separate_values
         self.embedding_dropout = nn.Dropout(embedding_dropout)
+        if isinstance(attention_dropout, int | float):
+            attention_dropout = [attention_dropout]
         self.layers = nn.ModuleList(
-            EncoderLayer(dim, heads, attention_dropout, causal) for _ in range(layers)
+            EncoderLayer(dim, heads, attention_dropout) for _ in range(layers)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(len(attention_dropout), dim)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features (B, T, dim) -> scaled features plus position code, same shape."""
-        positions = sinusoidal_positions(x.shape[1], x.shape[2]).to(x)
+        """Features (n, B, T, dim) -> scaled features plus position code, same shape."""
+        positions = sinusoidal_positions(*x.shape[-2:], dtype=x.dtype, device=x.device)
         if not self.position_at_zero:
-            positions = positions * (x[:, :, :1] != 0)
-        return self.embedding_dropout(math.sqrt(x.shape[2]) * x + positions)
+            positions = positions * (x[..., :1] != 0)
+        embedded: Tensor = self.embedding_dropout(
+            torch.add(positions, x, alpha=math.sqrt(x.shape[-1]))
+        )
+        return embedded
 
     def forward(
         self,
@@ -184,21 +260,29 @@ class CrossmodalEncoder(nn.Module):
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
+        members: slice = ALL,
     ) -> Tensor:
-        """Target (B, T_q, dim), source (B, T_k, dim), masks (B, T_k), (B, T_q) -> (B, T_q, dim).
+        """Target (n, B, T_q, dim), source (n, B, T_k, dim), masks (n, B, T) -> (n, B, T_q, dim).
 
         Without a source the target attends to itself, and source_mask is the mask of the target.
         Masked steps of the source have no influence on the result; those of the target come out
-        as numbers without meaning.
+        as numbers without meaning. members: run only this part of the encoders, n of them. A
+        single encoder also takes its arguments, and gives its result, without the axis of n.
         """
+        if target.dim() == 3:
+            source, source_mask, target_mask = (
+                None if x is None else x[None] for x in (source, source_mask, target_mask)
+            )
+            return self.forward(target[None], source, source_mask, target_mask)[0]
         target = self.embed(target)
         values = None
         if source is None:
-            target_mask = source_mask
+            visible = visible_keys(target, target, source_mask, source_mask, self.causal)
         else:
             if self.separate_values and self.training:  # else they are equal
                 values = self.embed(source)
             source = self.embed(source)
+            visible = visible_keys(target, source, source_mask, target_mask, self.causal)
         for layer in self.layers:
-            target = layer(target, source, source_mask, target_mask, values)
-        return self.norm(target)
+            target = layer(target, source, visible, members, values)
+        return self.norm(target, members)

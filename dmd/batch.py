@@ -36,6 +36,8 @@ class Batch:
     lengths: (B, 3) integers, the valid steps of each modality, at least 1; None: all T_m.
     label: (B,) sentiment scores, or None where they are not known.
     ids: B names, or None.
+    padded: whether some clip has fewer valid steps than T_m; None: look, where `lengths` lie on
+        the processor, and else assume so.
     Raises ValueError where the parts do not fit together.
     """
 
@@ -45,6 +47,7 @@ class Batch:
     lengths: Tensor | None = None
     label: Tensor | None = None
     ids: Sequence[str] | None = None
+    padded: bool | None = None
 
     def __post_init__(self) -> None:
         for name, x in zip(MODALITIES, self.features, strict=True):
@@ -57,6 +60,7 @@ class Batch:
             if x.shape[1] == 0:
                 raise ValueError(f"{name} has no time steps")
         if self.lengths is None:
+            self.padded = False
             full = torch.tensor([[x.shape[1] for x in self.features]])
             self.lengths = full.to(self.language.device).expand(len(self), 3)
         not_integers = self.lengths.is_floating_point() or self.lengths.dtype == torch.bool
@@ -69,6 +73,11 @@ class Batch:
             raise ValueError(f"label: expected shape ({len(self)},), got {tuple(self.label.shape)}")
         if self.ids is not None and len(self.ids) != len(self):
             raise ValueError(f"ids: expected {len(self)} names, got {len(self.ids)}")
+        if self.padded is None:
+            full = self.lengths.new_tensor([x.shape[1] for x in self.features])
+            self.padded = not self.lengths.is_cpu or not torch.equal(
+                self.lengths, full.expand_as(self.lengths)
+            )
         if self.lengths.is_cpu:  # elsewhere the comparison would wait for the device
             for m, name in enumerate(MODALITIES):
                 steps = self.features[m].shape[1]
@@ -124,4 +133,5 @@ class Batch:
             lengths=self.lengths.to(device),
             label=None if self.label is None else self.label.to(device),
             ids=self.ids,
+            padded=self.padded,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmd.attention import CrossmodalEncoder
+from dmd.attention import ALL, CrossmodalEncoder
 from dmd.batch import MODALITIES, Batch, PerModality
 from dmd.config import ModelConfig
 from dmd.decoupling import Decoupling, ShallowEncoder, shorten
@@ -65,6 +65,41 @@ def apply_each(modules: Iterable[nn.Module], inputs: Iterable[Tensor]) -> list[A
     return [module(x) for module, x in zip(modules, inputs, strict=True)]
 
 
+# The six pairs of modalities by number, (source, target). Pairs with one source are neighbours:
+# they share the rate of attention dropout.
+PAIRS = [(s, t) for s in range(len(MODALITIES)) for t in range(len(MODALITIES)) if s != t]
+
+
+def side_by_side(
+    encoders: CrossmodalEncoder,
+    features: Sequence[Tensor],
+    targets: Sequence[int],
+    sources: Sequence[int] | None,
+    masks: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Run n encoders, each for a target (and a source) among the modalities' features (B, T_m, d).
+
+    All at once where the lengths agree, one after the other where they do not.
+    """
+    parts = [targets] if sources is None else [targets, sources]
+    target, *source = ([features[m] for m in part] for part in parts)
+    if masks is None:
+        hidden: list[list[Tensor] | None] = [None, None]
+    else:
+        hidden = [[masks[m] for m in part] for part in (parts[-1], targets)]
+    together = len({x.shape[1] for x in features}) == 1
+    found = []
+    for i in [ALL] if together else [slice(n, n + 1) for n in range(len(targets))]:
+        answer = encoders(
+            torch.stack(target[i]),
+            torch.stack(source[0][i]) if source else None,
+            *(None if mask is None else torch.stack(mask[i]) for mask in hidden),
+            members=i,
+        )
+        found += answer.unbind()
+    return found
+
+
 class DMD(nn.Module):
     """Decoupled multimodal distilling, as `config` describes it.
 
@@ -84,17 +119,14 @@ class DMD(nn.Module):
             for width, kernel in zip(config.widths, config.kernels, strict=True)
         )
         self.decoupling = Decoupling(dim) if config.decoupling else None
-        self.crossmodal, self.memory = nn.ModuleDict(), nn.ModuleDict()
+        self.crossmodal = self.memory = self.common_attention = None
+        rates = config.attention_dropout
         if config.crossmodal_attention:
-            dropouts = PerModality(*config.attention_dropout)
             depth = max(config.layers, config.memory_layers_min)
-            for target in MODALITIES:
-                for source in MODALITIES:
-                    if source != target:
-                        self.crossmodal[f"{source}_to_{target}"] = self._encoder(
-                            dim, config.layers, getattr(dropouts, source)
-                        )
-                self.memory[target] = self._encoder(2 * dim, depth, dropouts.language)
+            self.crossmodal = self._encoders(dim, config.layers, [rates[s] for s, _ in PAIRS])
+            self.memory = self._encoders(2 * dim, depth, [rates[0]] * len(MODALITIES))
+        if config.common_attention:
+            self.common_attention = self._encoders(dim, config.layers, rates)
         private_dim = 2 * dim if config.crossmodal_attention else dim
         flat = [steps * dim for steps in config.steps]
         self.homo = self._unit(dim, config.homo_distillation, config.edge_hidden[0])
@@ -111,11 +143,6 @@ class DMD(nn.Module):
             self.margin_projection.extend(nn.Linear(width, dim) for width in flat)
         if config.private_projection:
             self.private_projection.extend(nn.Linear(width, dim) for width in flat)
-        self.common_attention = nn.ModuleList()
-        if config.common_attention:
-            self.common_attention.extend(
-                self._encoder(dim, config.layers, dropout) for dropout in config.attention_dropout
-            )
         self.common_head = (
             ResidualRegressor(3 * dim, 3 * dim, config.output_dropout)
             if config.common_head
@@ -131,14 +158,14 @@ class DMD(nn.Module):
         )
         self.pool = {"mean": masked_mean, "last": last_valid}[config.pooling]
 
-    def _encoder(self, dim: int, layers: int, attention_dropout: float) -> CrossmodalEncoder:
+    def _encoders(self, dim: int, layers: int, rates: Sequence[float]) -> CrossmodalEncoder:
         config = self.config
         return CrossmodalEncoder(
             dim,
             config.heads,
             layers,
             config.embedding_dropout,
-            attention_dropout,
+            rates,
             config.causal_mask,
             config.position_at_zero,
             config.separate_values,
@@ -195,26 +222,23 @@ class DMD(nn.Module):
             masks = PerModality(*(torch.ones_like(mask) for mask in masks))
         return features._replace(language=self.language_dropout(features.language)), masks
 
-    def sources(self, target: str) -> list[str]:
-        """The modalities that `target` asks, in the order of their channels in the answer."""
-        sources = [source for source in MODALITIES if source != target]
-        return sources[::-1] if self.config.acoustic_first and target == "language" else sources
-
     def reinforce(
-        self, private: PerModality[Tensor], masks: PerModality[Tensor]
-    ) -> PerModality[Tensor]:
+        self, private: Sequence[Tensor], masks: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
         """Private features -> Z_m (Eq. 10): each modality asks the two others, then itself."""
-        reinforced = []
-        for target in MODALITIES:
-            x, mask = getattr(private, target), getattr(masks, target)
-            enhanced = [
-                self.crossmodal[f"{source}_to_{target}"](
-                    x, getattr(private, source), getattr(masks, source), mask
-                )
-                for source in self.sources(target)
-            ]
-            reinforced.append(self.memory[target](torch.cat(enhanced, dim=2), source_mask=mask))
-        return PerModality(*reinforced)
+        if self.crossmodal is None or self.memory is None:
+            return private
+        sources, targets = zip(*PAIRS, strict=True)
+        answers = dict(
+            zip(PAIRS, side_by_side(self.crossmodal, private, targets, sources, masks), strict=True)
+        )
+        joined = []
+        for target in range(len(MODALITIES)):
+            order = [s for s, t in PAIRS if t == target]
+            if self.config.acoustic_first and target == 0:
+                order.reverse()
+            joined.append(torch.cat([answers[s, target] for s in order], dim=2))
+        return side_by_side(self.memory, joined, range(len(MODALITIES)), None, masks)
 
     def _pooled(self, sequences: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """Sequences (B, T_m, d) a modality -> vectors (3, B, d)."""
@@ -249,9 +273,9 @@ class DMD(nn.Module):
             reconstructed, private_again = parts.reconstructed, parts.private_again
 
         pooled_common = self._pooled(common, masks)  # (3, B, d)
-        pooled_private = self._pooled(  # (3, B, 2d)
-            self.reinforce(private, masks) if self.memory else private, masks
-        )
+        # Without padding attention needs no masks, and is faster.
+        hidden = masks if batch.padded and self.config.mask_padding else None
+        pooled_private = self._pooled(self.reinforce(private, hidden), masks)  # (3, B, 2d)
         homo, hetero = self._graphs(common, pooled_common, pooled_private)
         margin_vectors = pooled_common
         if self.margin_projection:
@@ -259,11 +283,10 @@ class DMD(nn.Module):
             flat = [x.transpose(1, 2).flatten(1) for x in common]
             margin_vectors = torch.stack(apply_each(self.margin_projection, flat))
         fused_common = pooled_common
-        if self.common_attention:
-            attended = [
-                encode(x, source_mask=mask)
-                for encode, x, mask in zip(self.common_attention, common, masks, strict=True)
-            ]
+        if self.common_attention is not None:
+            attended = side_by_side(
+                self.common_attention, common, range(len(MODALITIES)), None, hidden
+            )
             fused_common = self._pooled(attended, masks)
         vectors = (torch.cat([*fused_common], dim=1), *pooled_private)
         prediction, fused = self.fusion(vectors)

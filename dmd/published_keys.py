@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmd.batch import MODALITIES, PerModality
+from dmd.batch import PerModality
+from dmd.model import PAIRS
 
 LETTERS = PerModality("l", "v", "a")
 Part = Literal["dmd", "homo", "hetero"]
@@ -30,26 +31,36 @@ def _linear(theirs: str, ours: str, own: Mapping[str, Tensor]) -> Iterator[tuple
         yield f"{theirs}.{kind}", own[f"{ours}.{kind}"]
 
 
-def _encoder(theirs: str, ours: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    layer = 0
-    while f"{ours}.layers.{layer}.attention.query.weight" in own:
-        to, at = f"{theirs}.layers.{layer}", f"{ours}.layers.{layer}"
+def _encoder(
+    theirs: str, ours: str, n: int, own: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The encoder number n of those that run side by side under the name `ours`."""
+
+    def both(theirs: str, *ours: str) -> Iterator[tuple[str, Tensor]]:
         for kind in ("weight", "bias"):
-            packed = [own[f"{at}.attention.{name}.{kind}"] for name in ("query", "key_value")]
-            yield f"{to}.self_attn.in_proj_{kind}", torch.cat(packed)
-        yield from _linear(f"{to}.self_attn.out_proj", f"{at}.attention.output", own)
-        yield from _linear(f"{to}.fc1", f"{at}.feedforward.0", own)
-        yield from _linear(f"{to}.fc2", f"{at}.feedforward.2", own)
-        yield from _linear(f"{to}.layer_norms.0", f"{at}.attention_norm", own)
-        yield from _linear(f"{to}.layer_norms.1", f"{at}.feedforward_norm", own)
+            yield f"{theirs}{kind}", torch.cat([own[f"{name}.{kind}"][n] for name in ours])
+
+    layer = 0
+    while f"{ours}.layers.{layer}.expand.weight" in own:
+        to, at = f"{theirs}.layers.{layer}", f"{ours}.layers.{layer}"
+        packed = [f"{at}.attention.{name}" for name in ("query", "key_value")]
+        yield from both(f"{to}.self_attn.in_proj_", *packed)
+        yield from both(f"{to}.self_attn.out_proj.", f"{at}.attention.output")
+        yield from both(f"{to}.fc1.", f"{at}.expand")
+        yield from both(f"{to}.fc2.", f"{at}.contract")
+        yield from both(f"{to}.layer_norms.0.", f"{at}.attention_norm")
+        yield from both(f"{to}.layer_norms.1.", f"{at}.feedforward_norm")
         layer += 1
-    yield from _linear(f"{theirs}.layer_norm", f"{ours}.norm", own)
+    yield from both(f"{theirs}.layer_norm.", f"{ours}.norm")
 
 
 def _main(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The main model's weights by their published keys, from those of `DMD`."""
     yield "encoder_c.weight", own["decoupling.common_encoder.weight"][:, :, None]
-    for m, (name, letter) in enumerate(zip(MODALITIES, LETTERS, strict=True)):
+    for n, (source, target) in enumerate(PAIRS):
+        name = f"trans_{LETTERS[target]}_with_{LETTERS[source]}"
+        yield from _encoder(name, "crossmodal", n, own)
+    for m, letter in enumerate(LETTERS):
         yield f"proj_{letter}.weight", own[f"shallow.{m}.convolution.weight"]
         encoder = own[f"decoupling.private_encoders.{m}.weight"]
         yield f"encoder_s_{letter}.weight", encoder[:, :, None]
@@ -57,12 +68,8 @@ def _main(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield f"decoder_{letter}.weight", torch.cat([private, common], dim=1)[:, :, None]
         yield from _linear(f"proj_cosine_{letter}", f"private_projection.{m}", own)
         yield from _linear(f"align_c_{letter}", f"margin_projection.{m}", own)
-        yield from _encoder(f"self_attentions_c_{letter}", f"common_attention.{m}", own)
-        for other, source in zip(MODALITIES, LETTERS, strict=True):
-            if other != name:
-                ours = f"crossmodal.{other}_to_{name}"
-                yield from _encoder(f"trans_{letter}_with_{source}", ours, own)
-        yield from _encoder(f"trans_{letter}_mem", f"memory.{name}", own)
+        yield from _encoder(f"self_attentions_c_{letter}", "common_attention", m, own)
+        yield from _encoder(f"trans_{letter}_mem", "memory", m, own)
         for theirs, ours in (("low", f"homo_heads.{m}"), ("high", f"hetero_heads.{m}")):
             yield from _linear(f"proj1_{letter}_{theirs}", f"{ours}.residual.0", own)
             yield from _linear(f"proj2_{letter}_{theirs}", f"{ours}.residual.3", own)

@@ -1,0 +1,134 @@
+"""Softmax attention without keeping the weights: the fastest form that a device has.
+
+All forms compute the same function; only dropout, which is random, differs in its draws.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CHUNK = 1 << 20  # attention weights that are worked on at a time: they stay in the cache
+LONG = 1 << 14  # queries times keys from which PyTorch's kernel for processors is faster
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float
+) -> Tensor:
+    """softmax(Q K^T / sqrt(width)) V, heads side by side (Eq. 10).
+
+    query: (N, H, T_q, width), key, value: (N, H, T_k, width); visible: (N, 1, T_q or 1, T_k), true
+    where a query may see a key, or None for all; dropout: share of the weights that become zero,
+    the others growing so that the mean stays.
+    On a processor a dropped weight is one whose random byte lies below 256 times the share: the
+    share is rounded to a multiple of 1/256. The bytes come from a seed drawn from PyTorch's own
+    random numbers, and are drawn again in the backward pass.
+    """
+    width = query.shape[-1]
+    on_processor = query.device.type == "cpu"
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if on_processor and not half and (dropout or query.shape[2] * key.shape[2] < LONG):
+        bias = None
+        if visible is not None:
+            bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)
+        clips, heads = query.shape[:2]
+        flat = (
+            x.flatten(0, 1) for x in (query / math.sqrt(width), key, value)
+        )  # (N * H, T, width)
+        result: Tensor = ChunkedAttention.apply(*flat, bias, heads, dropout)
+        return result.unflatten(0, (clips, heads))
+    # Kernels work on vectors of 16 (processor) or 8 numbers (GPU); a head has 5 or 10.
+    gap = -width % (16 if on_processor else 8)
+    if gap:
+        query, key, value = (F.pad(x, (0, gap)) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, visible, dropout, scale=1 / math.sqrt(width)
+    )
+    return mixed[..., :width]
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention on a processor, a few clips at a time; the backward pass computes the weights
+    again instead of keeping them, so that memory does not grow with queries times keys.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        heads: int,
+        dropout: float,
+    ) -> Tensor:
+        """query, scaled, (N * H, T_q, width), key and value (N * H, T_k, width) -> as query.
+
+        bias (N, 1, T_q or 1, T_k) is added to the scores.
+        """
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        draws = _Draws(dropout, seed)
+        mixed = torch.empty_like(query)
+        for clips, rows in _chunks(query, key, heads):
+            weight = _weights(query[rows], key[rows], bias, clips, heads)
+            if dropout:
+                weight.mul_(draws(weight))
+            torch.bmm(weight, value[rows], out=mixed[rows])
+        ctx.save_for_backward(query, key, value, bias, mixed)
+        ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        query, key, value, bias, mixed = ctx.saved_tensors
+        draws = _Draws(ctx.dropout, ctx.seed)
+        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        mean = (grad * mixed).sum(dim=-1, keepdim=True)
+        for clips, rows in _chunks(query, key, ctx.heads):
+            weight = _weights(query[rows], key[rows], bias, clips, ctx.heads)
+            slope = torch.bmm(grad[rows], value[rows].mT)
+            kept = weight
+            if ctx.dropout:
+                drawn = draws(weight)
+                slope.mul_(drawn)
+                kept = drawn.mul_(weight)
+            torch.bmm(kept.mT, grad[rows], out=to_value[rows])
+            slope.sub_(mean[rows]).mul_(weight)
+            torch.bmm(slope, key[rows], out=to_query[rows])
+            torch.bmm(slope.mT, query[rows], out=to_key[rows])
+        return to_query, to_key, to_value, None, None, None
+
+
+def _chunks(query: Tensor, key: Tensor, heads: int) -> list[tuple[slice, slice]]:
+    """Slices of clips, and of the rows of their heads, that have about CHUNK weights each."""
+    clips = len(query) // heads
+    size = max(1, CHUNK // (heads * query.shape[1] * key.shape[1]))
+    return [
+        (slice(i, i + size), slice(i * heads, (i + size) * heads)) for i in range(0, clips, size)
+    ]
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, clips: slice, heads: int) -> Tensor:
+    score = torch.bmm(query, key.mT)
+    if bias is not None:
+        score.unflatten(0, (-1, heads)).add_(bias[clips])
+    return score.softmax(dim=-1)
+
+
+class _Draws:
+    """Factors of dropout, 0 or 1 / (1 - share), the same again for the same seed."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.dropped = round(256 * share)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, like: Tensor) -> Tensor:
+        words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
+        words.random_(-(2**63), 2**63 - 1, generator=self.generator)  # eight bytes at a draw
+        kept = words.view(torch.uint8)[: like.numel()].view(like.shape) >= self.dropped
+        return kept.to(like.dtype).mul_(256 / (256 - self.dropped))
