@@ -81,14 +81,13 @@ class Linear(nn.Module):
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)  # as in nn.Linear
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(count, outputs).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, members: slice = ALL) -> Tensor:
         """The maps of `members` of the encoders, x having as many on its first axis."""
         weight, bias = pick(self.weight, members), pick(self.bias, members)
-        y = torch.baddbmm(bias[:, None], x.flatten(1, 2), weight.transpose(1, 2))
-        return y.unflatten(1, x.shape[1:3])
+        return torch.baddbmm(bias, x.flatten(1, 2), weight).unflatten(1, x.shape[1:3])
 
 
 class LayerNorm(nn.Module):
@@ -96,12 +95,12 @@ class LayerNorm(nn.Module):
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(count, dim))
-        self.bias = nn.Parameter(torch.zeros(count, dim))
+        self.weight = nn.Parameter(torch.ones(count, 1, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(count, 1, 1, dim))
 
     def forward(self, x: Tensor, members: slice = ALL) -> Tensor:
         """The norms of `members` of the encoders."""
-        weight, bias = (pick(w, members)[:, None, None] for w in (self.weight, self.bias))
+        weight, bias = pick(self.weight, members), pick(self.bias, members)
         return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
@@ -138,18 +137,18 @@ class MultiheadAttention(nn.Module):
         visible: as `visible_keys` gives it. `values` (n, B, T_k, dim), where given, takes the place
         of the source in V.
         """
-        key, value = self.key_value(source, members).chunk(2, dim=-1)
+        k, v = (self.split(x) for x in self.key_value(source, members).chunk(2, dim=-1))
         if values is not None:
-            value = self.key_value(values, members).chunk(2, dim=-1)[1]
-        q, k, v = self.split(self.query(target, members)), self.split(key), self.split(value)
+            v = self.split(self.key_value(values, members).chunk(2, dim=-1)[1])
+        q = self.split(self.query(target, members))
         rates = self.dropout[members] if self.training else (0.0,) * len(q)
         if visible is not None:
             visible = visible.expand(*q.shape[:2], -1, -1, -1)
         mixed = []
         for run, rate in runs(rates):
-            rows = [pick(x, run).flatten(0, 1) for x in (q, k, v)]  # (n * B, heads, T, width)
+            query, key, value = (pick(x, run).flatten(0, 1) for x in (q, k, v))
             seen = None if visible is None else pick(visible, run).flatten(0, 1)
-            mixed.append(attend(*rows, visible=seen, dropout=rate))
+            mixed.append(attend(query, key, value, seen, rate))  # (n * B, heads, T_q, width)
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return self.output(joined.transpose(1, 2).flatten(2).unflatten(0, q.shape[:2]), members)
 

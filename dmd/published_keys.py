@@ -37,8 +37,10 @@ def _encoder(
     """The encoder number n of those that run side by side under the name `ours`."""
 
     def both(theirs: str, *ours: str) -> Iterator[tuple[str, Tensor]]:
-        for kind in ("weight", "bias"):
-            yield f"{theirs}{kind}", torch.cat([own[f"{name}.{kind}"][n] for name in ours])
+        weight = torch.cat([own[f"{name}.weight"][n] for name in ours], dim=-1)
+        bias = torch.cat([own[f"{name}.bias"][n] for name in ours], dim=-1)
+        yield f"{theirs}weight", weight.flatten() if weight.dim() == 3 else weight.T
+        yield f"{theirs}bias", bias.flatten()
 
     layer = 0
     while f"{ours}.layers.{layer}.expand.weight" in own:
