@@ -8,6 +8,7 @@ leading axis of encoders, and so have the features, (n, B, T, dim).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -142,13 +143,18 @@ class MultiheadAttention(nn.Module):
             v = self.split(self.key_value(values, members).chunk(2, dim=-1)[1])
         q = self.split(self.query(target, members))
         rates = self.dropout[members] if self.training else (0.0,) * len(q)
-        if visible is not None:
-            visible = visible.expand(*q.shape[:2], -1, -1, -1)
-        mixed = []
-        for run, rate in runs(rates):
-            query, key, value = (pick(x, run).flatten(0, 1) for x in (q, k, v))
-            seen = None if visible is None else pick(visible, run).flatten(0, 1)
-            mixed.append(attend(query, key, value, seen, rate))  # (n * B, heads, T_q, width)
+        # One call for all neighbours whose dropout is the same.
+        groups = [(rate, len([*same])) for rate, same in itertools.groupby(rates)]
+        sizes = [count * q.shape[1] for _, count in groups]
+        parts = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]  # (n * B, heads, T, width)
+        if visible is None:
+            seen: Sequence[Tensor | None] = [None] * len(groups)
+        else:
+            seen = visible.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1).split(sizes)
+        mixed = [
+            attend(query, key, value, mask, rate)
+            for query, key, value, mask, (rate, _) in zip(*parts, seen, groups, strict=True)
+        ]
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return self.output(joined.transpose(1, 2).flatten(2).unflatten(0, q.shape[:2]), members)
 
@@ -162,19 +168,6 @@ class MultiheadAttention(nn.Module):
         if visible is not None:
             score = score.masked_fill(~visible, -math.inf)
         return score.softmax(dim=-1)
-
-
-def runs(rates: Sequence[float]) -> list[tuple[slice, float]]:
-    """Neighbours that are equal: `(0.3, 0.3, 0)` -> `[(slice(0, 2), 0.3), (slice(2, 3), 0)]`."""
-    if len(set(rates)) == 1:
-        return [(ALL, rates[0])]
-    found: list[tuple[slice, float]] = []
-    for i, rate in enumerate(rates):
-        if found and found[-1][1] == rate:
-            found[-1] = (slice(found[-1][0].start, i + 1), rate)
-        else:
-            found.append((slice(i, i + 1), rate))
-    return found
 
 
 class EncoderLayer(nn.Module):

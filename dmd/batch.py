@@ -121,6 +121,7 @@ class Batch:
             lengths=self.lengths[index],
             label=None if self.label is None else self.label[index],
             ids=ids,
+            padded=None if self.padded else False,
         )
 
     def to(self, device: torch.device | str) -> Self:

@@ -124,7 +124,7 @@ class _Draws:
     """Factors of dropout, 0 or 1 / (1 - share), the same again for the same seed."""
 
     def __init__(self, share: float, seed: int) -> None:
-        self.dropped = round(256 * share)
+        self.dropped = min(round(256 * share), 255)  # a share below 1 leaves some
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, like: Tensor) -> Tensor:

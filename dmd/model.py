@@ -274,7 +274,8 @@ class DMD(nn.Module):
 
         pooled_common = self._pooled(common, masks)  # (3, B, d)
         # Without padding attention needs no masks, and is faster.
-        hidden = masks if batch.padded and self.config.mask_padding else None
+        filled = any(x.shape[1] > y.shape[1] for x, y in zip(inputs, batch.features, strict=True))
+        hidden = masks if self.config.mask_padding and (batch.padded or filled) else None
         pooled_private = self._pooled(self.reinforce(private, hidden), masks)  # (3, B, 2d)
         homo, hetero = self._graphs(common, pooled_common, pooled_private)
         margin_vectors = pooled_common

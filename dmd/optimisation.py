@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
@@ -13,6 +14,22 @@ def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
     found = order.split(config.batch_size * config.accumulate)
     too_few = config.batch_size * (config.accumulate - 1)  # with so many a batch is missing
     return [group for group in found if len(group) > too_few or not config.drop_incomplete]
+
+
+def flatten(model: nn.Module) -> nn.Parameter:
+    """All weights of a model side by side in one parameter, with a gradient of zero.
+
+    The model's own weights and gradients become views of it: what changes one changes the other,
+    and an optimiser has one long vector to work on instead of hundreds of small tensors.
+    """
+    weights = list(model.parameters())
+    flat = nn.Parameter(torch.cat([x.detach().flatten() for x in weights]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [x.numel() for x in weights]
+    parts = zip(weights, flat.data.split(sizes), flat.grad.split(sizes), strict=True)
+    for weight, data, grad in parts:
+        weight.data, weight.grad = data.view_as(weight), grad.view_as(weight)
+    return flat
 
 
 def bound_gradients(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from dmd.device import PRECISIONS, find_device, seed_everything
 from dmd.losses import objective
 from dmd.metrics import compute, evaluate
 from dmd.model import DMD
-from dmd.optimisation import bound_gradients, groups, make_scheduler
+from dmd.optimisation import bound_gradients, flatten, groups, make_scheduler
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -113,8 +113,12 @@ class Trainer:
     def _start(self, splits: Splits) -> None:
         config = self.config
         self.model.to(self.device)
+        self.flat = flatten(self.model)
         self.optimiser = torch.optim.Adam(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            [self.flat],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.scheduler = make_scheduler(self.optimiser, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -168,7 +172,7 @@ class Trainer:
     def _train_step(self, train: Dataset, group: Tensor) -> None:
         """One update, from the gradients of a group of one or more batches."""
         config = self.config
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad(set_to_none=False)  # gradients are views
         for index in group.split(config.batch_size):
             batch = train[index].to(self.device)
             assert batch.label is not None  # checked by Dataset
@@ -186,12 +190,12 @@ class Trainer:
             weight = len(index) / len(group) if config.accumulate_by == "mean" else 1.0
             self.scaler.scale(terms.total * weight).backward()
             if config.clip_each_batch:
-                bound_gradients(self.model.parameters(), config)
+                bound_gradients([self.flat], config)
             for name, value in {**terms.unweighted, "total": terms.total}.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * len(index)
         self.scaler.unscale_(self.optimiser)
         if not config.clip_each_batch:
-            bound_gradients(self.model.parameters(), config)
+            bound_gradients([self.flat], config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
