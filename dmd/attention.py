@@ -278,3 +278,33 @@ class CrossmodalEncoder(nn.Module):
         for layer in self.layers:
             target = layer(target, source, visible, members, values)
         return self.norm(target, members)
+
+
+def side_by_side(
+    encoders: CrossmodalEncoder,
+    features: Sequence[Tensor],
+    targets: Sequence[int],
+    sources: Sequence[int] | None,
+    masks: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Run n encoders, each for a target (and a source) among the modalities' features (B, T_m, d).
+
+    All at once where the lengths agree, one after the other where they do not.
+    """
+    parts = [targets] if sources is None else [targets, sources]
+    target, *source = ([features[m] for m in part] for part in parts)
+    if masks is None:
+        hidden: list[list[Tensor] | None] = [None, None]
+    else:
+        hidden = [[masks[m] for m in part] for part in (parts[-1], targets)]
+    together = len({x.shape[1] for x in features}) == 1
+    found = []
+    for i in [ALL] if together else [slice(n, n + 1) for n in range(len(targets))]:
+        answer = encoders(
+            torch.stack(target[i]),
+            torch.stack(source[0][i]) if source else None,
+            *(None if mask is None else torch.stack(mask[i]) for mask in hidden),
+            members=i,
+        )
+        found += answer.unbind()
+    return found

@@ -45,13 +45,17 @@ class ShallowEncoder(nn.Module):
         self.lost = kernel - 1 if padding == "valid" and not self.skip else 0
         self.convolution = nn.Conv1d(width, dim, kernel, padding=padding, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Features (B, T, D_m), mask (B, T) -> shallow features (B, T', d), zero where padded."""
-        x = x.masked_fill(~mask[:, :, None], 0.0)  # else padding reaches valid steps by the kernel
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features (B, T, D_m), mask (B, T) -> shallow features (B, T', d), zero where padded.
+
+        Without a mask no step is padded.
+        """
+        if mask is not None:  # else padding reaches valid steps through the kernel
+            x = x.masked_fill(~mask[:, :, None], 0.0)
         if self.skip:
             return x
-        hidden = ~shorten(mask, self.lost)[:, :, None]
-        return self.convolution(x.transpose(1, 2)).transpose(1, 2).masked_fill(hidden, 0.0)
+        x = self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return x if mask is None else x.masked_fill(~shorten(mask, self.lost)[:, :, None], 0.0)
 
 
 class Decoupling(nn.Module):

@@ -4,6 +4,7 @@ All forms compute the same function; only dropout, which is random, differs in i
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,9 +36,7 @@ def attend(
         if visible is not None:
             bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)
         clips, heads = query.shape[:2]
-        flat = (
-            x.flatten(0, 1) for x in (query / math.sqrt(width), key, value)
-        )  # (N * H, T, width)
+        flat = (x.flatten(0, 1) for x in (query, key, value))  # (N * H, T, width)
         result: Tensor = ChunkedAttention.apply(*flat, bias, heads, dropout)
         return result.unflatten(0, (clips, heads))
     # Kernels work on vectors of 16 (processor) or 8 numbers (GPU); a head has 5 or 10.
@@ -65,18 +64,18 @@ class ChunkedAttention(torch.autograd.Function):
         heads: int,
         dropout: float,
     ) -> Tensor:
-        """query, scaled, (N * H, T_q, width), key and value (N * H, T_k, width) -> as query.
+        """query (N * H, T_q, width), key and value (N * H, T_k, width) -> as query.
 
         bias (N, 1, T_q or 1, T_k) is added to the scores.
         """
         seed = int(torch.randint(2**62, ())) if dropout else 0
         draws = _Draws(dropout, seed)
         mixed = torch.empty_like(query)
-        for clips, rows in _chunks(query, key, heads):
-            weight = _weights(query[rows], key[rows], bias, clips, heads)
+        for q, k, v, out, b in _chunks(heads, bias, query, key, value, mixed):
+            weight = _weights(q, k, b, heads)
             if dropout:
                 weight.mul_(draws(weight))
-            torch.bmm(weight, value[rows], out=mixed[rows])
+            torch.bmm(weight, v, out=out)
         ctx.save_for_backward(query, key, value, bias, mixed)
         ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
         return mixed
@@ -87,36 +86,42 @@ class ChunkedAttention(torch.autograd.Function):
         """Gradients of query, key and value."""
         query, key, value, bias, mixed = ctx.saved_tensors
         draws = _Draws(ctx.dropout, ctx.seed)
-        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        grads = [torch.empty_like(x) for x in (query, key, value)]
         mean = (grad * mixed).sum(dim=-1, keepdim=True)
-        for clips, rows in _chunks(query, key, ctx.heads):
-            weight = _weights(query[rows], key[rows], bias, clips, ctx.heads)
-            slope = torch.bmm(grad[rows], value[rows].mT)
+        rows = (query, key, value, grad, mean, *grads)
+        for q, k, v, g, m, to_q, to_k, to_v, b in _chunks(ctx.heads, bias, *rows):
+            weight = _weights(q, k, b, ctx.heads)
+            slope = torch.bmm(g, v.mT)
             kept = weight
             if ctx.dropout:
                 drawn = draws(weight)
                 slope.mul_(drawn)
                 kept = drawn.mul_(weight)
-            torch.bmm(kept.mT, grad[rows], out=to_value[rows])
-            slope.sub_(mean[rows]).mul_(weight)
-            torch.bmm(slope, key[rows], out=to_query[rows])
-            torch.bmm(slope.mT, query[rows], out=to_key[rows])
-        return to_query, to_key, to_value, None, None, None
+            torch.bmm(kept.mT, g, out=to_v)
+            slope.sub_(m).mul_(weight).mul_(1 / math.sqrt(q.shape[-1]))
+            torch.bmm(slope, k, out=to_q)
+            torch.bmm(slope.mT, q, out=to_k)
+        return (*grads, None, None, None)
 
 
-def _chunks(query: Tensor, key: Tensor, heads: int) -> list[tuple[slice, slice]]:
-    """Slices of clips, and of the rows of their heads, that have about CHUNK weights each."""
-    clips = len(query) // heads
-    size = max(1, CHUNK // (heads * query.shape[1] * key.shape[1]))
-    return [
-        (slice(i, i + size), slice(i * heads, (i + size) * heads)) for i in range(0, clips, size)
-    ]
+def _chunks(
+    heads: int, bias: Tensor | None, query: Tensor, key: Tensor, *more: Tensor
+) -> Iterable[tuple[Any, ...]]:
+    """Cut tensors (N * H, ...), and the bias (N, ...), by clips: about CHUNK weights at a time."""
+    clips = max(1, CHUNK // (heads * query.shape[1] * key.shape[1]))
+    if clips * heads >= len(query):
+        return [(query, key, *more, bias)]
+    parts = [x.split(clips * heads) for x in (query, key, *more)]
+    biases = [None] * len(parts[0]) if bias is None else bias.split(clips)
+    return zip(*parts, biases, strict=True)
 
 
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None, clips: slice, heads: int) -> Tensor:
-    score = torch.bmm(query, key.mT)
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    score = torch.baddbmm(
+        query.new_empty(()), query, key.mT, beta=0, alpha=1 / math.sqrt(query.shape[-1])
+    )
     if bias is not None:
-        score.unflatten(0, (-1, heads)).add_(bias[clips])
+        score.unflatten(0, (-1, heads)).add_(bias)
     return score.softmax(dim=-1)
 
 

@@ -263,7 +263,7 @@ def objective(output: Output, label: Tensor, config: LossConfig) -> LossTerms:
         terms["task_common"] = task(output.common_prediction, label)
         weights["task_common"] = config.unimodal
     if output.reconstructed is not None and output.private_again is not None:
-        masks = output.masks
+        masks = output.masks if output.padded else None
         terms["reconstruction"] = reconstruction(output.shallow, output.reconstructed, masks)
         terms["cycle"] = cycle(output.private, output.private_again, masks)
         terms["margin"] = _margin(output, label, config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmd.attention import ALL, CrossmodalEncoder
+from dmd.attention import CrossmodalEncoder, side_by_side
 from dmd.batch import MODALITIES, Batch, PerModality
 from dmd.config import ModelConfig
 from dmd.decoupling import Decoupling, ShallowEncoder, shorten
@@ -26,7 +26,7 @@ class Output:
         or what residual unimodal heads make of them.
     shallow, common, private, reconstructed, private_again: a tensor (B, T_m, d) a modality, the
         quantities of Eqs. 1-3 (the last two None without decoupling).
-    masks: (B, T_m) a modality, true at the valid steps.
+    masks: (B, T_m) a modality, true at the valid steps; padded: whether some are not.
     margin_vectors: (3, B, d), the common vectors that Eq. 4 compares.
     common_prediction: (B,), from the common part alone; None without `common_head`.
     parts: what is fused: the common vector (B, 3d), the private ones (B, 2d or d) L, V, A.
@@ -42,20 +42,25 @@ class Output:
     reconstructed: PerModality[Tensor] | None
     private_again: PerModality[Tensor] | None
     masks: PerModality[Tensor]
+    padded: bool
     margin_vectors: Tensor
     common_prediction: Tensor | None
     parts: tuple[Tensor, Tensor, Tensor, Tensor]
     fused: Tensor
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the valid steps: (B, T, d), mask (B, T) -> (B, d)."""
+def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the valid steps: (B, T, d), mask (B, T) or None for all -> (B, d)."""
+    if mask is None:
+        return x.mean(dim=1)
     total = x.masked_fill(~mask[:, :, None], 0.0).sum(dim=1)
     return total / mask.sum(dim=1, keepdim=True)
 
 
-def last_valid(x: Tensor, mask: Tensor) -> Tensor:
-    """The last valid step: (B, T, d), mask (B, T) -> (B, d)."""
+def last_valid(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The last valid step: (B, T, d), mask (B, T) or None for all -> (B, d)."""
+    if mask is None:
+        return x[:, -1]
     last = mask.sum(dim=1) - 1
     return x[torch.arange(len(x), device=x.device), last]
 
@@ -68,36 +73,6 @@ def apply_each(modules: Iterable[nn.Module], inputs: Iterable[Tensor]) -> list[A
 # The six pairs of modalities by number, (source, target). Pairs with one source are neighbours:
 # they share the rate of attention dropout.
 PAIRS = [(s, t) for s in range(len(MODALITIES)) for t in range(len(MODALITIES)) if s != t]
-
-
-def side_by_side(
-    encoders: CrossmodalEncoder,
-    features: Sequence[Tensor],
-    targets: Sequence[int],
-    sources: Sequence[int] | None,
-    masks: Sequence[Tensor] | None,
-) -> list[Tensor]:
-    """Run n encoders, each for a target (and a source) among the modalities' features (B, T_m, d).
-
-    All at once where the lengths agree, one after the other where they do not.
-    """
-    parts = [targets] if sources is None else [targets, sources]
-    target, *source = ([features[m] for m in part] for part in parts)
-    if masks is None:
-        hidden: list[list[Tensor] | None] = [None, None]
-    else:
-        hidden = [[masks[m] for m in part] for part in (parts[-1], targets)]
-    together = len({x.shape[1] for x in features}) == 1
-    found = []
-    for i in [ALL] if together else [slice(n, n + 1) for n in range(len(targets))]:
-        answer = encoders(
-            torch.stack(target[i]),
-            torch.stack(source[0][i]) if source else None,
-            *(None if mask is None else torch.stack(mask[i]) for mask in hidden),
-            members=i,
-        )
-        found += answer.unbind()
-    return found
 
 
 class DMD(nn.Module):
@@ -203,14 +178,16 @@ class DMD(nn.Module):
                     f"the {name} features are {x.dtype}, but the weights are {weights}: convert one"
                 )
 
-    def prepare(self, batch: Batch) -> tuple[PerModality[Tensor], PerModality[Tensor]]:
-        """Features (B, T_m, D_m) and masks (B, T_m), as the choices about padding want them.
+    def prepare(self, batch: Batch) -> tuple[PerModality[Tensor], PerModality[Tensor], bool]:
+        """Features (B, T_m, D_m) and masks (B, T_m), as the choices about padding want them, and
+        whether there is any.
 
         Where the number of steps matters all clips are filled up to the lengths of the config.
         """
         config, features, masks = self.config, batch.features, batch.masks
-        if self.fixed_lengths:
-            gaps = [n - x.shape[1] for n, x in zip(config.lengths, features, strict=True)]
+        padded = bool(batch.padded)
+        gaps = [n - x.shape[1] for n, x in zip(config.lengths, features, strict=True)]
+        if self.fixed_lengths and (padded or any(gaps)):
             features = PerModality(
                 *(
                     F.pad(x.masked_fill(~mask[:, :, None], 0.0), (0, 0, 0, gap))
@@ -218,9 +195,11 @@ class DMD(nn.Module):
                 )
             )
             masks = PerModality(*(F.pad(x, (0, n)) for x, n in zip(masks, gaps, strict=True)))
+            padded = True
         if not config.mask_padding:
             masks = PerModality(*(torch.ones_like(mask) for mask in masks))
-        return features._replace(language=self.language_dropout(features.language)), masks
+            padded = False
+        return features, masks, padded
 
     def reinforce(
         self, private: Sequence[Tensor], masks: Sequence[Tensor] | None
@@ -240,8 +219,10 @@ class DMD(nn.Module):
             joined.append(torch.cat([answers[s, target] for s in order], dim=2))
         return side_by_side(self.memory, joined, range(len(MODALITIES)), None, masks)
 
-    def _pooled(self, sequences: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    def _pooled(self, sequences: Sequence[Tensor], masks: Sequence[Tensor] | None) -> Tensor:
         """Sequences (B, T_m, d) a modality -> vectors (3, B, d)."""
+        if masks is None:
+            return torch.stack([self.pool(x) for x in sequences])
         return torch.stack([self.pool(x, m) for x, m in zip(sequences, masks, strict=True)])
 
     def _graphs(
@@ -259,12 +240,15 @@ class DMD(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """A batch of B clips -> everything in `Output`."""
         self.check(batch)
-        inputs, masks = self.prepare(batch)
+        inputs, masks, padded = self.prepare(batch)
+        inputs = inputs._replace(language=self.language_dropout(inputs.language))
+        hidden = masks if padded else [None] * len(masks)  # no masks where none are needed
         shallow = PerModality(
-            *(encode(x, mask) for encode, x, mask in zip(self.shallow, inputs, masks, strict=True))
+            *(encode(x, mask) for encode, x, mask in zip(self.shallow, inputs, hidden, strict=True))
         )
         lost = [n - m for n, m in zip(self.config.lengths, self.config.steps, strict=True)]
         masks = PerModality(*(shorten(mask, n) for mask, n in zip(masks, lost, strict=True)))
+        valid = masks if padded else None
         common = private = shallow
         reconstructed = private_again = None
         if self.decoupling is not None:
@@ -272,11 +256,8 @@ class DMD(nn.Module):
             common, private = parts.common, parts.private
             reconstructed, private_again = parts.reconstructed, parts.private_again
 
-        pooled_common = self._pooled(common, masks)  # (3, B, d)
-        # Without padding attention needs no masks, and is faster.
-        filled = any(x.shape[1] > y.shape[1] for x, y in zip(inputs, batch.features, strict=True))
-        hidden = masks if self.config.mask_padding and (batch.padded or filled) else None
-        pooled_private = self._pooled(self.reinforce(private, hidden), masks)  # (3, B, 2d)
+        pooled_common = self._pooled(common, valid)  # (3, B, d)
+        pooled_private = self._pooled(self.reinforce(private, valid), valid)  # (3, B, 2d)
         homo, hetero = self._graphs(common, pooled_common, pooled_private)
         margin_vectors = pooled_common
         if self.margin_projection:
@@ -286,9 +267,9 @@ class DMD(nn.Module):
         fused_common = pooled_common
         if self.common_attention is not None:
             attended = side_by_side(
-                self.common_attention, common, range(len(MODALITIES)), None, hidden
+                self.common_attention, common, range(len(MODALITIES)), None, valid
             )
-            fused_common = self._pooled(attended, masks)
+            fused_common = self._pooled(attended, valid)
         vectors = (torch.cat([*fused_common], dim=1), *pooled_private)
         prediction, fused = self.fusion(vectors)
         return Output(
@@ -301,6 +282,7 @@ class DMD(nn.Module):
             reconstructed=reconstructed,
             private_again=private_again,
             masks=masks,
+            padded=padded,
             margin_vectors=margin_vectors,
             common_prediction=self.common_head(vectors[0])[0] if self.common_head else None,
             parts=vectors,
