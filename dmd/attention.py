@@ -77,7 +77,7 @@ def pick(x: Tensor, members: slice) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Linear maps of n encoders side by side, (n, B, T, inputs) -> (n, B, T, outputs)."""
+    """Linear maps of n encoders side by side, (n, R, inputs) -> (n, R, outputs) for R rows."""
 
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -87,8 +87,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, members: slice = ALL) -> Tensor:
         """The maps of `members` of the encoders, x having as many on its first axis."""
-        weight, bias = pick(self.weight, members), pick(self.bias, members)
-        return torch.baddbmm(bias, x.flatten(1, 2), weight).unflatten(1, x.shape[1:3])
+        return torch.baddbmm(pick(self.bias, members), x, pick(self.weight, members))
 
 
 class LayerNorm(nn.Module):
@@ -121,9 +120,10 @@ class MultiheadAttention(nn.Module):
         self.key_value = Linear(len(dropout), dim, 2 * dim)
         self.output = Linear(len(dropout), dim, dim)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Features (n, B, T, dim) -> their columns by head, (n, B, heads, T, dim / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+    def split(self, rows: Tensor, steps: int) -> Tensor:
+        """Rows (n, B * T, dim) -> their columns by head, (n * B, heads, T, dim / heads)."""
+        width = rows.shape[-1] // self.heads
+        return rows.reshape(-1, steps, self.heads, width).transpose(1, 2)
 
     def forward(
         self,
@@ -138,33 +138,41 @@ class MultiheadAttention(nn.Module):
         visible: as `visible_keys` gives it. `values` (n, B, T_k, dim), where given, takes the place
         of the source in V.
         """
-        k, v = (self.split(x) for x in self.key_value(source, members).chunk(2, dim=-1))
+        count, clips, steps, _ = target.shape
+        query = self.split(self.query(target.flatten(1, 2), members), steps)
+        rows = self.key_value(source.flatten(1, 2), members).chunk(2, dim=-1)
+        key, value = (self.split(x, source.shape[2]) for x in rows)
         if values is not None:
-            v = self.split(self.key_value(values, members).chunk(2, dim=-1)[1])
-        q = self.split(self.query(target, members))
-        rates = self.dropout[members] if self.training else (0.0,) * len(q)
-        # One call for all neighbours whose dropout is the same.
-        groups = [(rate, len([*same])) for rate, same in itertools.groupby(rates)]
-        sizes = [count * q.shape[1] for _, count in groups]
-        parts = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]  # (n * B, heads, T, width)
-        if visible is None:
-            seen: Sequence[Tensor | None] = [None] * len(groups)
-        else:
-            seen = visible.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1).split(sizes)
-        mixed = [
-            attend(query, key, value, mask, rate)
-            for query, key, value, mask, (rate, _) in zip(*parts, seen, groups, strict=True)
-        ]
-        joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return self.output(joined.transpose(1, 2).flatten(2).unflatten(0, q.shape[:2]), members)
+            rows = self.key_value(values.flatten(1, 2), members).chunk(2, dim=-1)
+            value = self.split(rows[1], source.shape[2])
+        if visible is not None:
+            visible = visible.expand(count, clips, -1, -1, -1).flatten(0, 1)
+        rates = self.dropout[members] if self.training else (0.0,) * count
+        if len(set(rates)) == 1:
+            mixed = attend(query, key, value, visible, rates[0])
+        else:  # one call for all neighbours whose dropout is the same
+            groups = [(rate, len([*same])) for rate, same in itertools.groupby(rates)]
+            sizes = [clips * count for _, count in groups]
+            parts = [x.split(sizes) for x in (query, key, value)]
+            seen = [None] * len(groups) if visible is None else visible.split(sizes)
+            mixed = torch.cat(
+                [
+                    attend(q, k, v, mask, rate)
+                    for q, k, v, mask, (rate, _) in zip(*parts, seen, groups, strict=True)
+                ]
+            )
+        joined = mixed.transpose(1, 2).reshape(count, clips * steps, -1)
+        return self.output(joined, members).view_as(target)
 
     def weights(
         self, target: Tensor, source: Tensor, visible: Tensor | None = None, members: slice = ALL
     ) -> Tensor:
         """The weights (n, B, heads, T_q, T_k) with which `forward` averages; rows sum to 1."""
-        key, _ = self.key_value(source, members).chunk(2, dim=-1)
-        q, k = self.split(self.query(target, members)), self.split(key)
-        score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        rows, _ = self.key_value(source.flatten(1, 2), members).chunk(2, dim=-1)
+        key = self.split(rows, source.shape[2])
+        query = self.split(self.query(target.flatten(1, 2), members), target.shape[2])
+        score = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        score = score.unflatten(0, target.shape[:2])
         if visible is not None:
             score = score.masked_fill(~visible, -math.inf)
         return score.softmax(dim=-1)
@@ -195,8 +203,9 @@ class EncoderLayer(nn.Module):
         key = query if source is None else self.attention_norm(source, members)
         value = None if values is None else self.attention_norm(values, members)
         target = target + self.attention(query, key, visible, members, value)
-        hidden = self.expand(self.feedforward_norm(target, members), members).relu()
-        return target + self.contract(hidden, members)
+        rows = self.feedforward_norm(target, members).flatten(1, 2)
+        hidden = self.expand(rows, members).relu()
+        return target + self.contract(hidden, members).view_as(target)
 
 
 class CrossmodalEncoder(nn.Module):

@@ -54,7 +54,7 @@ class ShallowEncoder(nn.Module):
             x = x.masked_fill(~mask[:, :, None], 0.0)
         if self.skip:
             return x
-        x = self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        x = self.convolution(x.transpose(1, 2)).transpose(1, 2).contiguous()
         return x if mask is None else x.masked_fill(~shorten(mask, self.lost)[:, :, None], 0.0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK = 1 << 20  # attention weights that are worked on at a time: they stay in the cache
+CHUNK = 1 << 21  # attention weights that are worked on at a time: they stay in the cache
 LONG = 1 << 14  # queries times keys from which PyTorch's kernel for processors is faster
 
 
@@ -75,7 +75,7 @@ class ChunkedAttention(torch.autograd.Function):
             weight = _weights(q, k, b, heads)
             if dropout:
                 weight.mul_(draws(weight))
-            torch.bmm(weight, v, out=out)
+            _product(weight, v, draws.scale, out)
         ctx.save_for_backward(query, key, value, bias, mixed)
         ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
         return mixed
@@ -89,19 +89,28 @@ class ChunkedAttention(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (query, key, value)]
         mean = (grad * mixed).sum(dim=-1, keepdim=True)
         rows = (query, key, value, grad, mean, *grads)
+        scale = 1 / math.sqrt(query.shape[-1])
         for q, k, v, g, m, to_q, to_k, to_v, b in _chunks(ctx.heads, bias, *rows):
             weight = _weights(q, k, b, ctx.heads)
-            slope = torch.bmm(g, v.mT)
+            slope = _product(g, v.mT, draws.scale)
             kept = weight
             if ctx.dropout:
                 drawn = draws(weight)
                 slope.mul_(drawn)
-                kept = drawn.mul_(weight)
-            torch.bmm(kept.mT, g, out=to_v)
-            slope.sub_(m).mul_(weight).mul_(1 / math.sqrt(q.shape[-1]))
-            torch.bmm(slope, k, out=to_q)
-            torch.bmm(slope.mT, q, out=to_k)
+                kept = weight * drawn
+            _product(kept.mT, g, draws.scale, to_v)
+            slope.sub_(m).mul_(weight)
+            _product(slope, k, scale, to_q)
+            _product(slope.mT, q, scale, to_k)
         return (*grads, None, None, None)
+
+
+def _product(x: Tensor, y: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scale * x y for matrices (N, i, j), (N, j, k)."""
+    unused = x.new_empty(())
+    if out is None:
+        return torch.baddbmm(unused, x, y, beta=0, alpha=scale)
+    return torch.baddbmm(unused, x, y, beta=0, alpha=scale, out=out)
 
 
 def _chunks(
@@ -117,23 +126,21 @@ def _chunks(
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    score = torch.baddbmm(
-        query.new_empty(()), query, key.mT, beta=0, alpha=1 / math.sqrt(query.shape[-1])
-    )
+    score = _product(query, key.mT, 1 / math.sqrt(query.shape[-1]))
     if bias is not None:
         score.unflatten(0, (-1, heads)).add_(bias)
     return score.softmax(dim=-1)
 
 
 class _Draws:
-    """Factors of dropout, 0 or 1 / (1 - share), the same again for the same seed."""
+    """Which weights are kept, the same again for the same seed; `scale` makes up for the others."""
 
     def __init__(self, share: float, seed: int) -> None:
         self.dropped = min(round(256 * share), 255)  # a share below 1 leaves some
+        self.scale = 256 / (256 - self.dropped)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, like: Tensor) -> Tensor:
         words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
         words.random_(-(2**63), 2**63 - 1, generator=self.generator)  # eight bytes at a draw
-        kept = words.view(torch.uint8)[: like.numel()].view(like.shape) >= self.dropped
-        return kept.to(like.dtype).mul_(256 / (256 - self.dropped))
+        return words.view(torch.uint8)[: like.numel()].view(like.shape) >= self.dropped

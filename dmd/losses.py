@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dmd.batch import MODALITIES
 from dmd.config import LossConfig
@@ -18,7 +19,7 @@ Masks = Sequence[Tensor] | None
 
 def _single(x: Tensor) -> Tensor:
     """At least single precision: sums of half-precision features lose digits or overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -41,10 +42,13 @@ def _masks(masks: Masks, like: Sequence[Tensor]) -> Sequence[Tensor | None]:
 
 
 def _squared_error(xs: Sequence[Tensor], ys: Sequence[Tensor], masks: Masks) -> Tensor:
-    triples = zip(xs, ys, _masks(masks, xs), strict=True)
-    return torch.stack(
-        [_mean((_valid(x, mask) - _valid(y, mask)).square(), mask) for x, y, mask in triples]
-    ).sum()
+    total = []
+    for x, y, mask in zip(xs, ys, _masks(masks, xs), strict=True):
+        if mask is None:
+            total.append(F.mse_loss(_single(x), _single(y)))
+        else:
+            total.append(_mean((_valid(x, mask) - _valid(y, mask)).square(), mask))
+    return torch.stack(total).sum()
 
 
 def normalise(x: Tensor, epsilon: float = 0.0) -> Tensor:
