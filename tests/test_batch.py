@@ -97,6 +97,41 @@ def test_to_moves_every_part():
     assert torch.equal(batch().to("cpu").visual, batch().visual)
 
 
+FULL = torch.tensor([STEPS] * 4)
+
+
+def test_whether_clips_are_padded_is_seen_in_their_lengths():
+    assert batch().padded
+    assert not batch(lengths=FULL).padded
+    assert not batch(lengths=None).padded
+    for m in range(3):
+        lengths = FULL.clone()
+        lengths[2, m] -= 1
+        assert batch(lengths=lengths).padded
+
+
+def test_a_part_is_padded_if_one_of_its_clips_is():
+    lengths = FULL.clone()
+    lengths[1] = 1
+    b = batch(lengths=lengths)
+    assert b.padded
+    assert b[1:3].padded
+    assert not b[[0, 2, 3]].padded
+    assert not batch(lengths=None)[[0, 2]].padded
+
+
+def test_another_device_is_not_asked_for_lengths():
+    """What is known there is kept; what is not is assumed."""
+    for lengths, padded in ((LENGTHS, True), (FULL, False), (None, False)):
+        moved = batch(lengths=lengths, ids=None).to("meta")
+        assert moved.padded is padded
+        assert moved[:2].padded is padded
+    b = batch(lengths=FULL).to("meta")
+    assert Batch(*b.features, lengths=b.lengths).padded
+    assert not Batch(*b.features, lengths=b.lengths, padded=False).padded
+    assert not Batch(*b.features).padded
+
+
 REFUSED = [
     ({"visual": torch.zeros(4, 5)}, "visual: expected shape (clips, steps, width), got (4, 5)"),
     ({"acoustic": torch.zeros(3, 2, 6)}, "acoustic has 3 clips, but language has 4"),

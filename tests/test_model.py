@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dmd import DMD, MODALITIES, Batch, LossConfig, ModelConfig, objective
+from dmd.attention import CrossmodalEncoder
 from dmd.batch import padding_mask
-from dmd.model import last_valid, masked_mean
+from dmd.model import PAIRS, last_valid, masked_mean, side_by_side
 
 TINY = ModelConfig.preset("tiny", widths=(5, 4, 4), lengths=(9, 9, 9), dim=6, language_dropout=0.0,
                           output_dropout=0.0)  # fmt: skip
@@ -40,6 +41,18 @@ def extended(batch, extra=3, garbage=float("nan")):
         x = x.masked_fill(~mask[:, :, None], garbage)
         features.append(torch.cat([x, torch.full((len(x), extra, x.shape[2]), garbage).to(x)], 1))
     return Batch(*features, lengths=batch.lengths, label=batch.label)
+
+
+def member(encoders, n, target, source=None, source_mask=None, target_mask=None):
+    """What the n-th of the encoders that run side by side answers, called on its own."""
+    given = (None if x is None else x[None] for x in (target, source, source_mask, target_mask))
+    return encoders(*given, members=slice(n, n + 1))[0]
+
+
+def shares(name, gradient):
+    """The gradient of a parameter; of encoders side by side, that of each."""
+    several = name.split(".")[0] in ("crossmodal", "memory", "common_attention")
+    return gradient.unbind() if several else [gradient]
 
 
 def assert_same(found, expected, clip=None):
@@ -78,8 +91,8 @@ def test_the_output_has_the_stated_shapes(count, steps):
     dim = TINY.dim
     output = build()(clips(count, steps, lengths=None))
     assert {f.name for f in fields(output)} == {
-        "prediction", "homo", "hetero", *SEQUENCES, "masks", "margin_vectors",
-        "common_prediction", "parts", "fused"
+        "prediction", "homo", "hetero", *SEQUENCES, "masks", "padded",
+        "margin_vectors", "common_prediction", "parts", "fused"
     }  # fmt: skip
     assert output.prediction.shape == (count,)
     assert output.homo.features.shape == (3, count, dim)
@@ -110,18 +123,23 @@ def test_the_parts_are_joined_as_figure_2_shows():
         for name in SEQUENCES[1:]:
             torch.testing.assert_close(getattr(output, name)[m], getattr(parts, name)[m])
     homo, hetero = [], []
-    for m, target in enumerate(MODALITIES):
+    for m in range(3):
         others = [n for n in range(3) if n != m]
         joined = torch.cat(
             [
-                model.crossmodal[f"{MODALITIES[n]}_to_{target}"](
-                    parts.private[m], parts.private[n], batch.masks[n], batch.masks[m]
+                member(
+                    model.crossmodal,
+                    PAIRS.index((n, m)),
+                    parts.private[m],
+                    parts.private[n],
+                    batch.masks[n],
+                    batch.masks[m],
                 )
                 for n in others
             ],
             dim=2,
         )
-        reinforced = model.memory[target](joined, source_mask=batch.masks[m])
+        reinforced = member(model.memory, m, joined, source_mask=batch.masks[m])
         valid = [slice(0, int(length)) for length in batch.lengths[:, m]]
         homo.append(torch.stack([parts.common[m][b, v].mean(0) for b, v in enumerate(valid)]))
         hetero.append(torch.stack([reinforced[b, v].mean(0) for b, v in enumerate(valid)]))
@@ -134,18 +152,21 @@ def test_the_parts_are_joined_as_figure_2_shows():
 
 
 def test_each_ordered_pair_of_modalities_has_its_encoder():
-    pairs = {f"{s}_to_{t}" for s, t in itertools.permutations(MODALITIES, 2)}
-    model = build()
-    assert set(model.crossmodal) == pairs
-    assert set(model.memory) == set(MODALITIES)
+    assert [*itertools.permutations(range(3), 2)] == PAIRS
+    model = build(common_attention=True)
+    for encoders, count in ((model.crossmodal, 6), (model.memory, 3), (model.common_attention, 3)):
+        assert {len(x) for x in encoders.parameters()} == {count}
 
 
 def test_attention_dropout_goes_by_the_source():
-    model = build(attention_dropout=(0.1, 0.2, 0.3))
-    for name, net in [*model.crossmodal.items(), *model.memory.items()]:
-        rate = {"language": 0.1, "visual": 0.2, "acoustic": 0.3}[name.split("_to_")[0]]
-        expected = rate if "_to_" in name else 0.1
-        assert {layer.attention.dropout for layer in net.layers} == {expected}
+    model = build(attention_dropout=(0.1, 0.2, 0.3), common_attention=True)
+    expected = {
+        model.crossmodal: (0.1, 0.1, 0.2, 0.2, 0.3, 0.3),  # L to V, L to A, V to L, ...
+        model.memory: (0.1, 0.1, 0.1),
+        model.common_attention: (0.1, 0.2, 0.3),
+    }
+    for encoders, rates in expected.items():
+        assert {layer.attention.dropout for layer in encoders.layers} == {rates}
 
 
 def test_language_dropout_touches_language_only():
@@ -229,6 +250,124 @@ def test_evaluation_is_deterministic_and_training_is_not():
     assert not torch.equal(model(batch).prediction, model(batch).prediction)
 
 
+@pytest.mark.parametrize("steps", [(4, 6, 5), (5, 5, 5)], ids=["unaligned", "aligned"])
+@pytest.mark.parametrize("changes", [*VARIATIONS, "released"], ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_lengths_that_are_full_are_as_good_as_none(changes, steps):
+    """To the last bit, in outputs and gradients."""
+    outcomes = []
+    for lengths in (None, torch.tensor([steps] * 3)):
+        model = build(**changes) if changes != "released" else released()
+        batch = clips(3, steps, lengths=None)
+        batch = Batch(*batch.features, lengths=lengths, label=batch.label)
+        output = model(batch)
+        objective(output, batch.label, LossConfig()).total.backward()
+        gradients = [x.grad for x in model.parameters() if x.grad is not None]
+        outcomes.append([output.prediction, output.fused, output.hetero.features, *gradients])
+    for none, full in zip(*outcomes, strict=True):
+        assert torch.equal(none, full)
+
+
+@pytest.mark.parametrize("changes", [*VARIATIONS, "released"], ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_masks_that_hide_nothing_change_nothing(changes):
+    """A batch that is said to be padded, and is not, has masks all the same."""
+    model, batch = build(**changes) if changes != "released" else released(), clips(lengths=None)
+    masked = Batch(*batch.features, lengths=batch.lengths, label=batch.label, padded=True)
+    assert not batch.padded
+    assert_same(model(masked), model(batch))
+    losses = [objective(model(b), b.label, LossConfig()).total for b in (masked, batch)]
+    torch.testing.assert_close(*losses)
+
+
+def test_the_output_says_whether_a_step_is_padded():
+    full, padded = clips(3, (5, 5, 5), lengths=None), clips()
+    longest = clips(3, TINY.lengths, lengths=None)
+    filled = {"unimodal_heads": "residual"}  # all clips are filled up to the longest
+    for changes, batch, expected in (
+        ({}, full, False), ({}, padded, True), ({}, longest, False),
+        (filled, full, True), (filled, padded, True), (filled, longest, False),
+        ({"mask_padding": False}, padded, False), (filled | {"mask_padding": False}, full, False),
+    ):  # fmt: skip
+        output = build(**changes)(batch)
+        assert output.padded is expected
+        assert output.padded is not all(mask.all() for mask in output.masks)
+
+
+# Side by side
+
+
+def one_after_the_other(encoders, features, targets, sources, masks):
+    """What `side_by_side` computes, each encoder called on its own."""
+    masks = masks or [None] * 3
+    found = []
+    for n, target in enumerate(targets):
+        if sources is None:
+            found.append(member(encoders, n, features[target], None, masks[target]))
+        else:
+            s = sources[n]
+            found.append(
+                member(encoders, n, features[target], features[s], masks[s], masks[target])
+            )
+    return found
+
+
+STEPS = {"aligned": (5, 5, 5), "unaligned": (5, 3, 4), "two of one length": (5, 3, 5)}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "each to itself"])
+def test_all_at_once_is_one_after_the_other(pairs, masked, steps):
+    torch.manual_seed(0)
+    sources, targets = zip(*PAIRS, strict=True) if pairs else (None, range(3))
+    encoders = CrossmodalEncoder(6, 2, 2, 0.0, [0.0] * len(targets), causal=True).double()
+    features = [torch.randn(2, t, 6).double().requires_grad_() for t in STEPS[steps]]
+    lengths = torch.tensor([[2, 3, 5], [5, 1, 1]])
+    masks = None
+    if masked:
+        masks = [
+            padding_mask(x.clamp_max(t), t) for x, t in zip(lengths.T, STEPS[steps], strict=True)
+        ]
+    calls, outcomes = [], []
+    encoders.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    for run in (side_by_side, one_after_the_other):
+        encoders.zero_grad()
+        for x in features:
+            x.grad = None
+        found = run(encoders, features, targets, sources, masks)
+        assert [x.shape for x in found] == [features[t].shape for t in targets]
+        sum((n + 1) * x.sin().sum() for n, x in enumerate(found)).backward()
+        outcomes.append([*found, *(x.grad for x in [*features, *encoders.parameters()])])
+    n = len(targets)
+    assert calls == ([n] if steps == "aligned" else [1] * n) + [1] * n
+    for at_once, in_turn in zip(*outcomes, strict=True):
+        torch.testing.assert_close(at_once, in_turn)
+
+
+@pytest.mark.parametrize("changes", [{}, {"common_attention": True, "causal_mask": True}], ids=str)
+@pytest.mark.parametrize("lengths", [None, LENGTHS.clamp_max(5)], ids=["full", "padded"])
+def test_the_model_is_the_same_with_its_encoders_one_after_the_other(lengths, changes, monkeypatch):
+    batch, outcomes = clips(3, (5, 5, 5), lengths), []
+    for run in (side_by_side, one_after_the_other):
+        monkeypatch.setattr("dmd.model.side_by_side", run)
+        model = build(**changes)
+        output = model(batch)
+        objective(output, batch.label, LossConfig()).total.backward()
+        outcomes.append((output, [x.grad for x in model.parameters()]))
+    assert_same(outcomes[0][0], outcomes[1][0])
+    for at_once, in_turn in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        torch.testing.assert_close(at_once, in_turn)
+
+
+def test_aligned_clips_need_three_calls_of_encoders():
+    model, calls = build(common_attention=True), []
+    for encoders in (model.crossmodal, model.memory, model.common_attention):
+        encoders.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    model(clips(3, (5, 5, 5), lengths=None))
+    assert calls == [6, 3, 3]
+
+
 # What must matter
 
 
@@ -268,12 +407,12 @@ def test_every_parameter_of_the_paper_preset_is_trained():
     for name, x in model.named_parameters():
         gradient = x.grad
         if name.endswith("key_value.bias"):
-            keys, gradient = gradient.chunk(2)
+            keys, gradient = gradient.chunk(2, dim=-1)
             assert keys.abs().max() < 1e-10 * largest, name
         if name.endswith("edge.bias"):
             assert gradient.abs().max() < 1e-10 * largest, name
         else:
-            assert gradient.any(), name
+            assert all(x.any() for x in shares(name, gradient)), name
 
 
 def test_gradcheck():
@@ -482,48 +621,30 @@ def test_a_modality_of_the_width_of_the_model_is_skipped_if_so_configured():
     assert [x.shape[1] for x in output.shallow] == [7, 9, 7]
 
 
-def inputs_of(modules, run):
-    """What each of the modules, by name, gets as its first input while `run` runs."""
-    seen = {}
-    for name, module in modules.items():
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
-        )
-    run()
-    return seen
-
-
 def test_acoustic_first_exchanges_the_halves_of_the_answer_to_language_only():
     seen = []
     for first in (False, True):
         model = build(acoustic_first=first)
-        seen.append(inputs_of(model.memory, lambda model=model: model(clips())))
+        model.memory.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model(clips(steps=(5, 5, 5), lengths=None))
     plain, turned = seen
-    assert torch.equal(turned["language"], torch.cat(plain["language"].chunk(2, 2)[::-1], 2))
-    for name in ("visual", "acoustic"):
-        assert torch.equal(turned[name], plain[name])
+    assert torch.equal(turned[0], torch.cat(plain[0].chunk(2, 2)[::-1], 2))
+    assert torch.equal(turned[1:], plain[1:])
+    assert not torch.equal(turned[0], plain[0])
 
 
 def test_memory_layers_min_deepens_the_joining_encoders_only():
     for layers, least, expected in ((1, 3, 3), (2, 1, 2), (2, 2, 2)):
         model = build(layers=layers, memory_layers_min=least, common_attention=True)
-        assert {len(net.layers) for net in model.memory.values()} == {expected}
-        others = [*model.crossmodal.values(), *model.common_attention]
-        assert {len(net.layers) for net in others} == {layers}
+        assert len(model.memory.layers) == expected
+        assert len(model.crossmodal.layers) == len(model.common_attention.layers) == layers
 
 
 @pytest.mark.parametrize("name", ["position_at_zero", "separate_values"])
 def test_every_encoder_is_built_as_configured(name):
     model = build(common_attention=True, **{name: OPTIONS[name]})
-    encoders = [*model.crossmodal.values(), *model.memory.values(), *model.common_attention]
-    assert len(encoders) == 6 + 3 + 3
+    encoders = [model.crossmodal, model.memory, model.common_attention]
     assert {getattr(encoder, name) for encoder in encoders} == {OPTIONS[name]}
-
-
-def test_attention_dropout_of_the_common_encoders_goes_by_their_modality():
-    model = build(common_attention=True, attention_dropout=(0.1, 0.2, 0.3))
-    rates = [net.layers[0].attention.dropout for net in model.common_attention]
-    assert rates == [0.1, 0.2, 0.3]
 
 
 def padded(x, steps):
@@ -612,7 +733,7 @@ def test_common_attention_changes_what_is_fused_and_not_the_graph(pooling):
     pooled = []
     for m in range(3):
         x, mask = output.common[m], output.masks[m]
-        attended = model.common_attention[m](x, source_mask=mask)
+        attended = member(model.common_attention, m, x, source_mask=mask)
         pooled.append((masked_mean if pooling == "mean" else last_valid)(attended, mask))
         raw = (masked_mean if pooling == "mean" else last_valid)(x, mask)
         torch.testing.assert_close(output.homo.features[m], raw)
@@ -695,12 +816,12 @@ def test_every_parameter_of_the_released_presets_is_trained(preset):
     for name, x in model.named_parameters():
         gradient = x.grad
         if name.endswith("key_value.bias"):
-            keys, gradient = gradient.chunk(2)
+            keys, gradient = gradient.chunk(2, dim=-1)
             assert keys.abs().max() < 1e-10 * largest, name
         if name.split(".")[-2].startswith("edge") and name.endswith("bias"):
             assert gradient.abs().max() < 1e-10 * largest, name
         elif name not in unread:
-            assert gradient.any(), name
+            assert all(x.any() for x in shares(name, gradient)), name
 
 
 def test_the_order_of_the_clips_is_that_of_the_output_under_the_released_preset():
