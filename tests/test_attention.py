@@ -555,6 +555,8 @@ def test_positions_first_asked_for_in_inference_serve_training():
     model, (target, source) = encoder(), pair()
     with torch.inference_mode():
         expected = model(target, source)
+    kept = sinusoidal_positions(KEYS, DIM, dtype=source.dtype, device=source.device)
+    assert not kept.is_inference()
     found = answers(model, target, source, None)[0]
     torch.testing.assert_close(found, expected.clone())
 
