@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmd.kernels import attend
+from dmd.kernels import attend, drop
 
 ALL = slice(None)
 
@@ -237,7 +237,7 @@ class CrossmodalEncoder(nn.Module):
         self.causal = causal
         self.position_at_zero = position_at_zero
         self.separate_values = separate_values
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.embedding_dropout = embedding_dropout
         if isinstance(attention_dropout, int | float):
             attention_dropout = [attention_dropout]
         self.layers = nn.ModuleList(
@@ -250,9 +250,9 @@ class CrossmodalEncoder(nn.Module):
         positions = sinusoidal_positions(*x.shape[-2:], dtype=x.dtype, device=x.device)
         if not self.position_at_zero:
             positions = positions * (x[..., :1] != 0)
-        embedded: Tensor = self.embedding_dropout(
-            torch.add(positions, x, alpha=math.sqrt(x.shape[-1]))
-        )
+        embedded = torch.add(positions, x, alpha=math.sqrt(x.shape[-1]))
+        if self.training and self.embedding_dropout:
+            return drop(embedded, self.embedding_dropout)
         return embedded
 
     def forward(

@@ -74,7 +74,7 @@ class ChunkedAttention(torch.autograd.Function):
         for q, k, v, out, b in _chunks(heads, bias, query, key, value, mixed):
             weight = _weights(q, k, b, heads)
             if dropout:
-                weight.mul_(draws(weight))
+                weight.masked_fill_(draws(weight), 0.0)
             _product(weight, v, draws.scale, out)
         ctx.save_for_backward(query, key, value, bias, mixed)
         ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
@@ -95,9 +95,9 @@ class ChunkedAttention(torch.autograd.Function):
             slope = _product(g, v.mT, draws.scale)
             kept = weight
             if ctx.dropout:
-                drawn = draws(weight)
-                slope.mul_(drawn)
-                kept = weight * drawn
+                dropped = draws(weight)
+                slope.masked_fill_(dropped, 0.0)
+                kept = weight.masked_fill(dropped, 0.0)
             _product(kept.mT, g, draws.scale, to_v)
             slope.sub_(m).mul_(weight)
             _product(slope, k, scale, to_q)
@@ -133,14 +133,35 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Ten
 
 
 class _Draws:
-    """Which weights are kept, the same again for the same seed; `scale` makes up for the others."""
+    """Which weights are dropped, the same again for the same seed; `scale` makes up for them."""
 
     def __init__(self, share: float, seed: int) -> None:
-        self.dropped = min(round(256 * share), 255)  # a share below 1 leaves some
-        self.scale = 256 / (256 - self.dropped)
+        self.threshold, self.scale = _threshold(share)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, like: Tensor) -> Tensor:
-        words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
-        words.random_(-(2**63), 2**63 - 1, generator=self.generator)  # eight bytes at a draw
-        return words.view(torch.uint8)[: like.numel()].view(like.shape) >= self.dropped
+        return _bytes(like, self.generator) < self.threshold
+
+
+def _threshold(share: float) -> tuple[int, float]:
+    """Random bytes below the first number are dropped; the others grow by the second."""
+    threshold = min(round(256 * share), 255)  # a share below 1 leaves some
+    return threshold, 256 / (256 - threshold)
+
+
+def _bytes(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Random bytes in the shape of a tensor; eight at a draw, since draws take the time."""
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
+    words.random_(-(2**63), 2**63 - 1, generator=generator)
+    return words.view(torch.uint8)[: like.numel()].view(like.shape)
+
+
+def drop(x: Tensor, share: float) -> Tensor:
+    """Dropout: a share of the elements becomes zero and the others grow, so that the mean stays.
+
+    On a processor as in `attend`, in steps of 1/256; PyTorch's own elsewhere.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, share)
+    threshold, scale = _threshold(share)
+    return x.masked_fill(_bytes(x) < threshold, 0.0) * scale
