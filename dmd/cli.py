@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dmd import commands
+from dmd import commands, distributed
 from dmd.config import ModelConfig
 from dmd.data import LOADERS
 from dmd.options import nearest
@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the complaint, or the help where a command is missing, and exit with code 2."""
+        distributed.defer_to_main()
         if message == "the following arguments are required: COMMAND":
             self.print_help(sys.stderr)
             self.exit(2)
@@ -120,13 +121,21 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
 
-    def complain(message: object, *_: Any, **__: Any) -> None:
-        print(f"dmd: {one_line(message)}", file=sys.stderr)
+    def tell(message: object, *_: Any, **__: Any) -> None:
+        if distributed.is_main():
+            print(f"dmd: {one_line(message)}", file=sys.stderr)
+
+    def complain(message: object) -> None:
+        distributed.defer_to_main()
+        rank = "" if distributed.is_main() else f"process {distributed.rank()}: "
+        print(f"dmd: {rank}{one_line(message)}", file=sys.stderr)
 
     args = make_parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.showwarning = complain
+        warnings.showwarning = tell
         try:
+            if distributed.world_size() > 1 and args.run is not commands.train:
+                raise ValueError("only train takes several processes: call it without torchrun")
             args.run(args)
         except (ValueError, OSError) as error:
             complain(error)
@@ -141,6 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(f"{error}: a lower learning rate may help; the last good checkpoint is kept")
             return 1
         except (Interrupted, KeyboardInterrupt) as error:
-            complain(str(error) or "interrupted")
+            tell(str(error) or "interrupted")
             return 130
     return 0

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 
-from dmd import checkpoint, released
+from dmd import checkpoint, distributed, released
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import LOADERS, Splits, download, load, mmsa, summary
 from dmd.data.clips import read_clips
@@ -77,7 +77,7 @@ def train(args: argparse.Namespace) -> None:
     config = TrainConfig.preset(recipe, **{"loss": loss, **options, **given})
     overrides = key_values(args.model)
     # Complain before the data are read, which may take minutes.
-    find_device(config.device)
+    distributed.own_device(config.device)
     ModelConfig.preset(args.preset, **overrides)
     checkpoint.check_output(Path(args.output), args.resume)
     splits = load_data(args.data)
@@ -86,6 +86,8 @@ def train(args: argparse.Namespace) -> None:
     model = DMD(ModelConfig.preset(args.preset, **sizes))
     trainer = Trainer(model, config, output=args.output, progress=not args.quiet)
     history = trainer.fit(splits, resume=args.resume)
+    if not distributed.is_main():
+        return
     if args.json:
         emit({"output": args.output, **asdict(history)}, as_json=True)
     else:

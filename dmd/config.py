@@ -260,6 +260,10 @@ class TrainConfig(Config):
     device: `auto` takes cuda, else mps, else cpu.
     seed: of everything random in a run.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
+    margin_over: of processes that share each batch (torchrun). Eq. 4 compares all clips of a batch
+        (`global`), as one process does, or those of each process (`rank`) among themselves: fewer
+        triples, and the mean of these losses weighted by clips. All other terms are always those
+        of the whole batch.
     loss: the weights of the objective.
     """
 
@@ -280,6 +284,7 @@ class TrainConfig(Config):
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    margin_over: Literal["global", "rank"] = "global"
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:

@@ -1,9 +1,10 @@
 """The losses, one function an equation (Eqs. 2-6, 9, 11), and the objective that adds them up."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from dmd.batch import MODALITIES
 from dmd.config import LossConfig
+from dmd.distributed import Share
 from dmd.model import Output
 from dmd.options import nearest
 
@@ -251,11 +253,26 @@ class LossTerms:
         return torch.stack(list(self.weighted.values())).sum()
 
 
-def objective(output: Output, label: Tensor, config: LossConfig) -> LossTerms:
+def objective(
+    output: Output, label: Tensor, config: LossConfig, share: Share | None = None
+) -> LossTerms:
     """Eqs. (6) and (11): every term of the training loss for one batch with labels (B,).
 
     Without decoupling its four terms are missing; a unit that does not distil has a zero term.
+    share: the output and the labels are those of one rank's clips, the terms those of the batch
+    that the ranks have together, the same on all. Means over clips or valid steps, and what else
+    depends on the batch as a whole, are exact; only the margin loss over each `rank` is another.
     """
+    own_label = label
+    if share is not None:
+        output, label = share.join(output, label)
+    masks = output.masks if output.padded else None
+
+    def over_steps(loss: Callable[..., Tensor], xs: Any, ys: Any) -> Tensor:
+        if share is None:
+            return loss(xs, ys, masks)
+        return share.mean_over_steps(loss, xs, ys, masks, output.masks)
+
     terms = {"task": task(output.prediction, label)}
     weights = {"task": 1.0}
     graphs = (("homo", output.homo), ("hetero", output.hetero))
@@ -267,13 +284,19 @@ def objective(output: Output, label: Tensor, config: LossConfig) -> LossTerms:
         terms["task_common"] = task(output.common_prediction, label)
         weights["task_common"] = config.unimodal
     if output.reconstructed is not None and output.private_again is not None:
-        masks = output.masks if output.padded else None
-        terms["reconstruction"] = reconstruction(output.shallow, output.reconstructed, masks)
-        terms["cycle"] = cycle(output.private, output.private_again, masks)
-        terms["margin"] = _margin(output, label, config)
-        terms["orthogonality"] = orthogonality(
-            output.common, output.private, masks, config.orthogonality, config.orthogonality_axis
-        )
+        terms["reconstruction"] = over_steps(reconstruction, output.shallow, output.reconstructed)
+        terms["cycle"] = over_steps(cycle, output.private, output.private_again)
+        if share is not None and share.margin_over == "rank":
+            terms["margin"] = share.mean_over_clips(_margin(output, own_label, config))
+        else:
+            terms["margin"] = _margin(output, label, config)
+        axis = config.orthogonality_axis
+        angles = partial(orthogonality, variant=config.orthogonality, axis=axis)
+        if share is not None and axis == "batch":  # its cosines run over the clips of all ranks
+            joined = share.gather([*output.common, *output.private, *output.masks])
+            terms["orthogonality"] = angles(joined[:3], joined[3:6], joined[6:])
+        else:
+            terms["orthogonality"] = over_steps(angles, output.common, output.private)
         for name in ("reconstruction", "cycle"):
             weights[name] = config.lambda1
         for name in ("margin", "orthogonality"):

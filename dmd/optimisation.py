@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from dmd.config import TrainConfig
+from dmd.data import Dataset
+from dmd.distributed import world_size
 
 
 def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
@@ -14,6 +16,21 @@ def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
     found = order.split(config.batch_size * config.accumulate)
     too_few = config.batch_size * (config.accumulate - 1)  # with so many a batch is missing
     return [group for group in found if len(group) > too_few or not config.drop_incomplete]
+
+
+def require_steps(train: Dataset, config: TrainConfig) -> None:
+    """Refuse, with a ValueError, a configuration in which there is no step, or an idle process."""
+    if not groups(torch.arange(len(train)), config):
+        raise ValueError(
+            f"the {train.name} split has {len(train)} clips, too few for a step of "
+            f"accumulate={config.accumulate} batches of batch_size={config.batch_size}: "
+            "lower these, or set drop_incomplete=False"
+        )
+    if config.batch_size < world_size():
+        raise ValueError(
+            f"batch_size={config.batch_size}, which the processes share, leaves some of the "
+            f"{world_size()} without a clip: raise it, or start fewer"
+        )
 
 
 def flatten(model: nn.Module) -> nn.Parameter:
@@ -38,6 +55,16 @@ def bound_gradients(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
         nn.utils.clip_grad_value_(parameters, config.clip_at)
     elif config.clip == "norm":
         nn.utils.clip_grad_norm_(parameters, config.clip_at)
+
+
+def make_optimiser(weights: nn.Parameter, config: TrainConfig) -> Optimizer:
+    """Adam as `config` says, in one kernel where there is one."""
+    return torch.optim.Adam(
+        [weights],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=weights.device.type in ("cpu", "cuda"),
+    )
 
 
 def make_scheduler(optimiser: Optimizer, config: TrainConfig) -> lr_scheduler.LRScheduler:

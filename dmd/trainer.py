@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from dmd import checkpoint
+from dmd import checkpoint, distributed, optimisation
+from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
-from dmd.device import PRECISIONS, find_device, seed_everything
-from dmd.losses import objective
+from dmd.device import PRECISIONS, seed_everything
+from dmd.distributed import Share
+from dmd.losses import LossTerms, objective
 from dmd.metrics import compute, evaluate
 from dmd.model import DMD
-from dmd.optimisation import bound_gradients, flatten, groups, make_scheduler
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -57,6 +58,10 @@ class Trainer:
     output: folder for `last.safetensors` (everything needed to resume), `best.safetensors` (the
         chosen weights) and `run.json` (the history); None keeps all in memory.
     progress: report on standard error.
+
+    Started by torchrun, each process trains on its share of the clips of every batch. The run is
+    that of one process but for rounding and dropout: see `dmd.distributed`. Its checkpoints do not
+    depend on the number of processes; resumed, all but the first draw new dropout.
     """
 
     def __init__(
@@ -69,8 +74,8 @@ class Trainer:
         self.model = model
         self.config = config or TrainConfig()
         self.output = None if output is None else Path(output)
-        self.progress = progress
-        self.device = find_device(self.config.device)
+        self.progress = progress and distributed.is_main()
+        self.device = distributed.own_device(self.config.device)
 
     def fit(self, splits: Splits, resume: bool = False) -> History:
         """Train; with `resume` go on from the last checkpoint in the output folder.
@@ -87,40 +92,36 @@ class Trainer:
                 f"select={selected!r} is not defined for the labels of the {splits.valid.name} "
                 "split: select 'mae'"
             )
-        if not groups(torch.arange(len(splits.train)), self.config):
-            raise ValueError(
-                f"the {splits.train.name} split has {len(splits.train)} clips, too few for a step "
-                f"of accumulate={self.config.accumulate} batches of "
-                f"batch_size={self.config.batch_size}: lower these, or set drop_incomplete=False"
-            )
-        if self.output is not None:
+        optimisation.require_steps(splits.train, self.config)
+        if self.output is not None and distributed.is_main():
             checkpoint.check_output(self.output, resume)
+        with distributed.connected(self.device):
+            return self._fit(splits, resume)
+
+    def _fit(self, splits: Splits, resume: bool) -> History:
         self._start(splits)
         if resume:
             self._restore()
         else:
             self._save_last()  # killed at any moment from here on, there is something to load
+        distributed.own_random_numbers(self.device)
         with self._stop_on_interrupt():
             while not self._finished():
                 clips = self._train_epoch(splits.train)
                 self._close_epoch(splits, clips)
         self.model.load_state_dict(self.best)
-        self.history.test = evaluate(self.model.eval(), splits.test)
-        if self.output is not None:
+        self.history.test = distributed.from_main(evaluate, self.model.eval(), splits.test)
+        if self.output is not None and distributed.is_main():
             checkpoint.write_json(self.output / "run.json", self._meta())
         return self.history
 
     def _start(self, splits: Splits) -> None:
         config = self.config
         self.model.to(self.device)
-        self.flat = flatten(self.model)
-        self.optimiser = torch.optim.Adam(
-            [self.flat],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.scheduler = make_scheduler(self.optimiser, config)
+        self.flat = optimisation.flatten(self.model)
+        self.terms = distributed.replicate(self.model, self._terms)
+        self.optimiser = optimisation.make_optimiser(self.flat, config)
+        self.scheduler = optimisation.make_scheduler(self.optimiser, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.history = History()
         self.best = self._weights()
@@ -155,7 +156,7 @@ class Trainer:
         began = time.perf_counter() - self.seconds
         shuffle = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
         order = torch.randperm(len(train), generator=shuffle)
-        steps = groups(order, self.config)
+        steps = optimisation.groups(order, self.config)
         self.model.train()
         while self.step < len(steps):
             self._train_step(train, steps[self.step])
@@ -163,26 +164,32 @@ class Trainer:
             self.seconds = time.perf_counter() - began
             if sys.stderr.isatty():
                 self._report(self.epoch + 1, f"step {self.step}/{len(steps)}", end="\r")
-            if self.interrupted:
+            if distributed.anyone(self.interrupted):
                 self._save_last()
+                distributed.anyone(True)  # nobody leaves before it is saved
                 saved = "" if self.output is None else f", saved in {self.output}: --resume goes on"
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} at step {self.step}{saved}")
         return sum(map(len, steps))
+
+    def _terms(self, batch: Batch, share: Share | None) -> tuple[dict[str, Tensor], ...]:
+        """The terms of the loss, unweighted and weighted; batch: the clips of this process."""
+        dtype = PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            output = self.model(batch)
+        assert batch.label is not None  # checked by Dataset
+        terms = objective(output, batch.label, self.config.loss, share)
+        return terms.unweighted, terms.weighted
 
     def _train_step(self, train: Dataset, group: Tensor) -> None:
         """One update, from the gradients of a group of one or more batches."""
         config = self.config
         self.optimiser.zero_grad(set_to_none=False)  # gradients are views
         for index in group.split(config.batch_size):
-            batch = train[index].to(self.device)
-            assert batch.label is not None  # checked by Dataset
-            mixed = config.precision != "float32"
-            with torch.autocast(self.device.type, PRECISIONS[config.precision], enabled=mixed):
-                output = self.model(batch)
-            terms = objective(output, batch.label, config.loss)
+            own, share = distributed.share(index, config.margin_over)
+            terms = LossTerms(*self.terms(train[own].to(self.device), share))
             if not torch.isfinite(terms.total):
                 broken = (name for name, x in terms.weighted.items() if not torch.isfinite(x))
-                clips = ", ".join(map(str, batch.ids or index.tolist()))
+                clips = ", ".join(map(str, train[index].ids or index.tolist()))
                 raise NonFiniteLoss(
                     f"the loss term {next(broken, 'total')!r} is not finite in epoch "
                     f"{self.epoch + 1} for the clips {clips}"
@@ -190,12 +197,12 @@ class Trainer:
             weight = len(index) / len(group) if config.accumulate_by == "mean" else 1.0
             self.scaler.scale(terms.total * weight).backward()
             if config.clip_each_batch:
-                bound_gradients([self.flat], config)
+                optimisation.bound_gradients([self.flat], config)
             for name, value in {**terms.unweighted, "total": terms.total}.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * len(index)
         self.scaler.unscale_(self.optimiser)
         if not config.clip_each_batch:
-            bound_gradients([self.flat], config)
+            optimisation.bound_gradients([self.flat], config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
@@ -206,14 +213,14 @@ class Trainer:
                 raise NonFiniteLoss(
                     f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
-        scores = evaluate(self.model, splits.valid)
+        scores = distributed.from_main(evaluate, self.model, splits.valid)
         train = {name: float(total) / clips for name, total in self.sums.items()}
         self.epoch += 1
         row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3)}
         row["learning_rate"] = self.optimiser.param_groups[0]["lr"]
         row |= {"train": train, "valid": scores}
         if self.config.test_each_epoch:
-            row["test"] = evaluate(self.model, splits.test)
+            row["test"] = distributed.from_main(evaluate, self.model, splits.test)
         self.history.epochs.append(row)
         score = scores[self.config.select] * (-1 if self.config.select == "mae" else 1)
         if math.isnan(score):  # the correlation of constant predictions
@@ -251,7 +258,7 @@ class Trainer:
         }
 
     def _save(self, name: str, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
-        if self.output is not None:
+        if self.output is not None and distributed.is_main():
             path = self.output / f"{name}.safetensors"
             checkpoint.save(path, tensors, {**self._meta(), **more})
 

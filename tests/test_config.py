@@ -225,6 +225,7 @@ WRONG_VALUES = [
     (TrainConfig, {"select": "mea"}, "did you mean 'mae'?"),
     (TrainConfig, {"scheduler": "cosin"}, "did you mean 'cosine'?"),
     (TrainConfig, {"clip": "nrm"}, "did you mean 'norm'?"),
+    (TrainConfig, {"margin_over": "ranks"}, "did you mean 'rank'?"),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 # In the order in which data flows.
 ROOMS = [
     "options", "config", "batch", "data", "kernels", "attention", "decoupling", "graph", "fusion",
-    "model", "losses", "metrics", "device", "optimisation", "checkpoint", "trainer", "fast",
+    "model", "device", "distributed", "losses", "metrics", "optimisation", "checkpoint", "trainer", "fast",
     "published_keys", "released", "differences", "baselines", "studies", "commands", "cli", "viz",
 ]  # fmt: skip
 NEVER = {"book", "tests", "tools", "sklearn", "pandas", "seaborn", "scipy"}
