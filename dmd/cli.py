@@ -1,4 +1,4 @@
-"""The command line: `python -m dmd train | evaluate | predict | data | released`.
+"""The command line: `python -m dmd train | evaluate | predict | data | released | bench`.
 
 Bad input ends with one sentence on standard error and exit code 2; training that stops by itself
 (a loss that is not finite) with 1, Ctrl-C with 130.
@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
-
 from dmd import commands, distributed
+from dmd.bench import out_of_memory
 from dmd.config import ModelConfig
 from dmd.data import LOADERS
 from dmd.options import nearest
+from dmd.steps import VARIANTS
 from dmd.trainer import Interrupted, NonFiniteLoss
 
 
@@ -115,6 +115,15 @@ def make_parser() -> Parser:
     command.add_argument("--homo", metavar="FILE", help="weights of the homogeneous kernel")
     command.add_argument("--hetero", metavar="FILE", help="weights of the heterogeneous kernel")
     command.add_argument("--model", **pairs, help="what the weights do not tell: heads=...")
+
+    command = add(top, "bench", commands.bench_step, device=True)
+    command.add_argument("--preset", default="paper", help="preset of model, loss and training")
+    command.add_argument("--model", **pairs, help="options of ModelConfig")
+    command.add_argument("--batch-size", type=count, default=16)
+    command.add_argument("--steps", type=count, default=20, help="timed, of each variant")
+    known = ", ".join([*ModelConfig.presets(), *VARIANTS])
+    command.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {known}")
+    command.add_argument("--scaling", action="store_true", help="also by clips and by length")
     return parser
 
 
@@ -141,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(error)
             return 2
         except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-            if not known and "can't allocate memory" not in str(error):  # so says torch on a CPU
+            if not out_of_memory(error):
                 raise
             complain("not enough memory: try smaller lengths, widths or batches")
             return 2

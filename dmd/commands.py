@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 
-from dmd import checkpoint, distributed, released
+from dmd import bench, checkpoint, distributed, released
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import LOADERS, Splits, download, load, mmsa, summary
 from dmd.data.clips import read_clips
@@ -188,3 +188,17 @@ def released_convert(args: argparse.Namespace) -> None:
     untrained = [name for name in ("homo", "hetero") if files[name] is None]
     if untrained and not args.json:
         print(f"edges of {' and '.join(untrained)}: at random, no prediction depends on them")
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """`dmd bench`: how fast a training step is, and how far from what the machine can do."""
+    result = bench.run(
+        args.preset,
+        key_values(args.model),
+        args.batch_size,
+        args.steps,
+        args.device,
+        args.variants,
+        args.scaling,
+    )
+    print(checkpoint.to_json(result) if args.json else bench.table(result))

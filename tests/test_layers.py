@@ -12,7 +12,8 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 ROOMS = [
     "options", "config", "batch", "data", "kernels", "attention", "decoupling", "graph", "fusion",
     "model", "device", "distributed", "losses", "metrics", "optimisation", "checkpoint", "trainer", "fast",
-    "published_keys", "released", "differences", "baselines", "studies", "commands", "cli", "viz",
+    "published_keys", "released", "differences", "baselines", "studies", "flops",
+    "plain", "steps", "bench", "commands", "cli", "viz",
 ]  # fmt: skip
 NEVER = {"book", "tests", "tools", "sklearn", "pandas", "seaborn", "scipy"}
 ONLY_VIZ = {"matplotlib", "IPython", "PIL", "ipywidgets"}
