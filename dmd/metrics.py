@@ -6,12 +6,15 @@ score is zero. All shares are fractions in [0, 1], not percentages.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dmd.data.dataset import Dataset
+
+T = TypeVar("T")
 
 
 def _check(prediction: Any, label: Any) -> tuple[Tensor, Tensor]:
@@ -108,16 +111,17 @@ def legacy_f1(prediction: Any, label: Any, zeros: Literal["has0", "non0"] = "non
     return _f1(y, p)
 
 
-def evaluate(
+def collect(
+    read: Callable[[Any], T],
     model: nn.Module,
     split: Dataset,
     batch_size: int = 256,
     device: torch.device | str | None = None,
-) -> dict[str, float]:
-    """The scores (see `compute`) of `model(batch).prediction` on all clips of a split.
+) -> list[T]:
+    """`read(model(batch))` for each batch of a split, in evaluation mode and without gradients.
 
-    The model runs in evaluation mode without gradients and is left in the mode it came in.
-    device: where the batches go; None: where the model's parameters are.
+    The model is left in the mode it came in. device: where the batches go; None: where the
+    model's parameters are.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, but is {batch_size}")
@@ -127,8 +131,28 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            predictions = [model(b.to(device)).prediction.cpu() for b in split.batches(batch_size)]
+            return [read(model(batch.to(device))) for batch in split.batches(batch_size)]
     finally:
         for module, training in modes:
             module.training = training
-    return compute(torch.cat(predictions), split.label)
+
+
+def evaluate(
+    model: nn.Module,
+    split: Dataset,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """The scores (see `compute`) of `model(batch).prediction` on all clips of a split.
+
+    The model runs as in `collect`.
+    """
+    predictions = collect(lambda x: x.prediction, model, split, batch_size, device)
+    return compute(torch.cat(predictions).cpu(), split.label)
+
+
+def mean_edges(model: nn.Module, split: Dataset) -> dict[str, list[list[float]]]:
+    """The mean edges (3, 3) of both graphs over a split: from row (teacher) to column (student)."""
+    pairs = collect(lambda x: (x.homo.edges, x.hetero.edges), model, split)
+    means = (torch.cat(edges).float().mean(dim=0) for edges in zip(*pairs, strict=True))
+    return {name: mean.tolist() for name, mean in zip(("homo", "hetero"), means, strict=True)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from dmd import Batch, PerModality
 from dmd.data import Dataset
-from dmd.metrics import compute, evaluate, legacy_f1
+from dmd.metrics import compute, evaluate, legacy_f1, mean_edges
 
 KEYS = ["mae", "corr", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0", "acc5", "acc7"]
 
@@ -245,3 +245,19 @@ def test_evaluate_takes_a_model_without_parameters():
     model.forward = lambda batch: SimpleNamespace(prediction=batch.label)
     assert evaluate(model, split, device="cpu")["mae"] == 0
     assert evaluate(model, split)["corr"] == pytest.approx(1)
+
+
+def test_mean_edges_are_those_of_every_clip_from_teacher_to_student():
+    class Fixed(nn.Module):
+        def forward(self, batch):
+            edges = torch.arange(9.0).view(3, 3) * batch.label[:, None, None]
+            return SimpleNamespace(
+                homo=SimpleNamespace(edges=edges), hetero=SimpleNamespace(edges=-edges)
+            )
+
+    split = split_of(300)  # more than one batch
+    mean = split.label.mean()
+    found = mean_edges(Fixed(), split)
+    expected = torch.arange(9.0).view(3, 3) * mean
+    torch.testing.assert_close(torch.tensor(found["homo"]), expected)
+    torch.testing.assert_close(torch.tensor(found["hetero"]), -expected)
