@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import options_study
 import pytest
 import real_run
 
@@ -132,3 +133,41 @@ def test_the_interval_draws_whole_groups():
     single = real_run.interval(values, np.arange(60))
     copied = real_run.interval(np.repeat(values, 10), np.repeat(np.arange(60), 10))
     assert copied == pytest.approx(single, abs=1e-9)
+
+
+@pytest.mark.parametrize("dataset", options_study.DATASETS)
+def test_the_study_of_the_options_has_every_row_and_its_sums_are_right(dataset):
+    record = read(RESULTS / f"options_{dataset}.json")
+    assert [row["row"] for row in record["rows"]] == options_study.ROWS
+    assert record["configuration"]["seeds"] == list(options_study.SEEDS)
+    assert record["configuration"]["data"] == {"name": dataset, **options_study.DATASETS[dataset]}
+    base = record["rows"][0]["test"]
+    for row in record["rows"]:
+        assert len(row["test"]) == len(row["epochs"]) == len(options_study.SEEDS)
+        for name in options_study.METRICS:
+            values = [scores[name] for scores in row["test"]]
+            paired = [x - y[name] for x, y in zip(values, base, strict=True)]
+            found = row[name]
+            assert found["mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
+            spread = statistics.stdev(values)
+            assert found["standard_deviation"] == pytest.approx(spread, abs=1e-12)
+            assert found["difference"] == pytest.approx(statistics.mean(paired), abs=1e-12)
+            error = statistics.stdev(paired) / len(paired) ** 0.5
+            assert found["standard_error"] == pytest.approx(error, abs=1e-12)
+
+
+@pytest.mark.parametrize("row", options_study.ROWS)
+def test_a_row_of_the_study_is_the_paper_s_with_one_point_switched(row):
+    paper, found = (options_study.configurations(name) for name in ("paper", row))
+    changed = {
+        name
+        for kind in paper
+        for name, value in paper[kind].to_dict().items()
+        if found[kind].to_dict()[name] != value and name != "loss"
+    }
+    if row == "released":
+        assert changed >= {name for x in options_study.DIFFERENCES if x.kind != "train"
+                           for name in x.options}  # fmt: skip
+    else:
+        names = {x.name: x.options for x in options_study.DIFFERENCES}
+        assert changed == set(names.get(row, ()))
