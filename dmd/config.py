@@ -260,6 +260,7 @@ class TrainConfig(Config):
     device: `auto` takes cuda, else mps, else cpu.
     seed: of everything random in a run.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
+    capture: on a CUDA device record the training step once and replay it (`dmd.fast`).
     margin_over: of processes that share each batch (torchrun). Eq. 4 compares all clips of a batch
         (`global`), as one process does, or those of each process (`rank`) among themselves: fewer
         triples, and the mean of these losses weighted by clips. All other terms are always those
@@ -284,6 +285,7 @@ class TrainConfig(Config):
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    capture: bool = False
     margin_over: Literal["global", "rank"] = "global"
     loss: LossConfig = field(default_factory=LossConfig)
 

@@ -1,5 +1,6 @@
 """A training step that a GPU records once and then replays: one launch in place of thousands."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dmd.batch import Batch
 from dmd.config import TrainConfig
+from dmd.distributed import world_size
 
 WARM_UP = 3  # steps that run as they are before one is recorded: they allocate and choose kernels
 
@@ -25,6 +27,17 @@ def obstacle(config: TrainConfig, device: torch.device, processes: int = 1) -> s
     if processes > 1:
         return "capture needs a single process: gradients are exchanged between steps"
     return None
+
+
+def capture(step: Step, config: TrainConfig, device: torch.device) -> "CapturedStep | None":
+    """The step for `config.capture`, or None, with a warning that says why, where it can't be."""
+    if not config.capture:
+        return None
+    reason = obstacle(config, device, world_size())
+    if reason is not None:
+        warnings.warn(reason, stacklevel=2)
+        return None
+    return CapturedStep(step)
 
 
 class CapturedStep:
@@ -58,6 +71,10 @@ class CapturedStep:
             getattr(self.place, name).copy_(getattr(batch, name))
         self.graph.replay()
         return self.terms
+
+    def forget(self) -> None:
+        """Record anew at the next call: something has changed that is not in the batch."""
+        self.graph = None
 
     def _aside(self, batch: Batch) -> dict[str, Tensor]:
         """Run the step on a stream of its own, as recording demands of what comes before it."""

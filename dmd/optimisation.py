@@ -64,6 +64,7 @@ def make_optimiser(weights: nn.Parameter, config: TrainConfig) -> Optimizer:
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         fused=weights.device.type in ("cpu", "cuda"),
+        capturable=config.capture and weights.device.type == "cuda",
     )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,16 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from dmd import checkpoint, distributed, optimisation
+from dmd import checkpoint, distributed, fast, optimisation
 from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
 from dmd.device import PRECISIONS, seed_everything
 from dmd.distributed import Share
+from dmd.history import History, Interrupted, NonFiniteLoss, require_finite
 from dmd.losses import LossTerms, objective
-from dmd.metrics import compute, evaluate
+from dmd.metrics import compute, evaluate, mean_edges
 from dmd.model import DMD
-
-
-class NonFiniteLoss(ArithmeticError):
-    """Training produced NaN or infinity; the message names the term and the clips."""
-
-
-class Interrupted(Exception):
-    """Training was stopped by Ctrl-C after its state had been saved."""
-
-
-@dataclass
-class History:
-    """What happened: a row an epoch, which epoch was kept, and its scores on the test split.
-
-    epochs: dictionaries with `epoch`, `seconds`, `learning_rate`, `train` (unweighted loss terms
-        and `total`, mean over the clips that were seen) and `valid` (metrics), with
-        `test_each_epoch` also `test`.
-    """
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    test: dict[str, float] = field(default_factory=dict)
-
-    def curve(self, part: str, name: str) -> list[float]:
-        """One number an epoch, for example `curve("valid", "mae")`."""
-        return [row[part][name] for row in self.epochs]
 
 
 class Trainer:
@@ -128,6 +103,11 @@ class Trainer:
         self.best_score = -math.inf
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums: dict[str, Tensor] = {}  # each loss term, summed over the clips of the epoch
+        # On the device once; names stay behind, to look one up would wait for the device.
+        clips = splits.train.clips
+        self.clips = clips if self.device.type == "cpu" else replace(clips, ids=None)
+        self.clips = self.clips.to(self.device)
+        self.captured = fast.capture(self._update, config, self.device)
         self.interrupted = False
         self.provenance = checkpoint.provenance()
         self.dataset = {
@@ -180,31 +160,49 @@ class Trainer:
         terms = objective(output, batch.label, self.config.loss, share)
         return terms.unweighted, terms.weighted
 
+    def _update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update from one batch, looking at no result: what a GPU can record."""
+        self.optimiser.zero_grad(set_to_none=False)
+        terms = LossTerms(*self.terms(batch, None))
+        terms.total.backward()
+        optimisation.bound_gradients([self.flat], self.config)
+        self.optimiser.step()
+        return {**terms.unweighted, "total": terms.total}
+
     def _train_step(self, train: Dataset, group: Tensor) -> None:
         """One update, from the gradients of a group of one or more batches."""
         config = self.config
+        if self.captured is not None:
+            self._add(self.captured(self.clips[group.to(self.device)]), len(group))
+            return
         self.optimiser.zero_grad(set_to_none=False)  # gradients are views
         for index in group.split(config.batch_size):
             own, share = distributed.share(index, config.margin_over)
-            terms = LossTerms(*self.terms(train[own].to(self.device), share))
-            if not torch.isfinite(terms.total):
-                broken = (name for name, x in terms.weighted.items() if not torch.isfinite(x))
+            terms = LossTerms(*self.terms(self.clips[own.to(self.device)], share))
+            if self.device.type == "cpu":  # elsewhere the question would wait for the device
                 clips = ", ".join(map(str, train[index].ids or index.tolist()))
-                raise NonFiniteLoss(
-                    f"the loss term {next(broken, 'total')!r} is not finite in epoch "
-                    f"{self.epoch + 1} for the clips {clips}"
-                )
+                require_finite({**terms.weighted, "total": terms.total}, self.epoch + 1, clips)
             weight = len(index) / len(group) if config.accumulate_by == "mean" else 1.0
             self.scaler.scale(terms.total * weight).backward()
             if config.clip_each_batch:
                 optimisation.bound_gradients([self.flat], config)
-            for name, value in {**terms.unweighted, "total": terms.total}.items():
-                self.sums[name] = self.sums.get(name, 0) + value.detach() * len(index)
+            self._add({**terms.unweighted, "total": terms.total}, len(index))
         self.scaler.unscale_(self.optimiser)
         if not config.clip_each_batch:
             optimisation.bound_gradients([self.flat], config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+
+    def _add(self, terms: dict[str, Tensor], clips: int) -> None:
+        """Add the terms of a batch to the sums of the epoch, on the device."""
+        values = torch.stack([x.detach() for x in terms.values()]) * clips
+        if self.sums:
+            values = values + torch.stack([self.sums[name] for name in terms])
+        self.sums = dict(zip(terms, values.unbind(), strict=True))
+
+    def _rate(self) -> float:
+        rate: float = self.optimiser.param_groups[0]["lr"]
+        return rate
 
     def _close_epoch(self, splits: Splits, clips: int) -> None:
         """Score the epoch on the validation split, keep it if it is the best, and save."""
@@ -213,12 +211,14 @@ class Trainer:
                 raise NonFiniteLoss(
                     f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
+        require_finite(self.sums, self.epoch + 1)
         scores = distributed.from_main(evaluate, self.model, splits.valid)
         train = {name: float(total) / clips for name, total in self.sums.items()}
         self.epoch += 1
         row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3)}
-        row["learning_rate"] = self.optimiser.param_groups[0]["lr"]
+        row["learning_rate"] = self._rate()
         row |= {"train": train, "valid": scores}
+        row["edges"] = distributed.from_main(mean_edges, self.model, splits.valid)
         if self.config.test_each_epoch:
             row["test"] = distributed.from_main(evaluate, self.model, splits.test)
         self.history.epochs.append(row)
@@ -233,6 +233,8 @@ class Trainer:
             self.scheduler.step(score)
         else:
             self.scheduler.step()
+        if self.captured is not None and self._rate() != row["learning_rate"]:
+            self.captured.forget()  # the old rate is recorded in it
         self.step, self.seconds, self.sums = 0, 0.0, {}
         if improved:
             # Before `last`: a run that is killed in between does this epoch again when resumed.
