@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmd.checkpoint import provenance
@@ -49,7 +49,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def operations(step: Step) -> int:
     """Operations dispatched: the profiler's events called `aten::...`, nested ones included."""
-    with profile(use_kineto=False) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
     return sum(row.count for row in found.key_averages() if row.key.startswith("aten::"))
 
