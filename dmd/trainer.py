@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Trainer:
         distributed.own_random_numbers(self.device)
         with self._stop_on_interrupt():
             while not self._finished():
-                clips = self._train_epoch(splits.train)
+                clips = self._train_epoch(self.train)
                 self._close_epoch(splits, clips)
         self.model.load_state_dict(self.best)
         self.history.test = distributed.from_main(evaluate, self.model.eval(), splits.test)
@@ -103,10 +103,7 @@ class Trainer:
         self.best_score = -math.inf
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.sums: dict[str, Tensor] = {}  # each loss term, summed over the clips of the epoch
-        # On the device once; names stay behind, to look one up would wait for the device.
-        clips = splits.train.clips
-        self.clips = clips if self.device.type == "cpu" else replace(clips, ids=None)
-        self.clips = self.clips.to(self.device)
+        self.train = splits.train.to(self.device)
         self.captured = fast.capture(self._update, config, self.device)
         self.interrupted = False
         self.provenance = checkpoint.provenance()
@@ -173,13 +170,14 @@ class Trainer:
         """One update, from the gradients of a group of one or more batches."""
         config = self.config
         if self.captured is not None:
-            self._add(self.captured(self.clips[group.to(self.device)]), len(group))
+            self._add(self.captured(train[group.to(self.device)]), len(group))
             return
         self.optimiser.zero_grad(set_to_none=False)  # gradients are views
         for index in group.split(config.batch_size):
             own, share = distributed.share(index, config.margin_over)
-            terms = LossTerms(*self.terms(self.clips[own.to(self.device)], share))
-            if self.device.type == "cpu":  # elsewhere the question would wait for the device
+            terms = LossTerms(*self.terms(train[own.to(self.device)], share))
+            if self.device.type == "cpu" and not torch.isfinite(terms.total):
+                # elsewhere the question would wait for the device: it is put after the epoch
                 clips = ", ".join(map(str, train[index].ids or index.tolist()))
                 require_finite({**terms.weighted, "total": terms.total}, self.epoch + 1, clips)
             weight = len(index) / len(group) if config.accumulate_by == "mean" else 1.0

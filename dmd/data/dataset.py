@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -64,6 +64,12 @@ class Dataset:
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Batch:
         """The clips at `index`, as a batch."""
         return self.clips[index]
+
+    def to(self, device: torch.device) -> Self:
+        """The same clips on a device; there without names, since one would wait for it."""
+        if device.type == "cpu":
+            return self
+        return replace(self, clips=replace(self.clips, ids=None).to(device))
 
     @property
     def label(self) -> Tensor:
