@@ -1,18 +1,23 @@
 """The recorded results: complete, consistent in themselves, and made from a commit."""
 
+import copy
 import json
 import re
 import statistics
 from datetime import datetime
 from pathlib import Path
 
+import full_run
 import numpy as np
 import options_study
 import pytest
 import real_run
 
+from dmd import data
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import mosi_utterances
+from dmd.data.synthetic import SIZES
+from dmd.model import DMD
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
 FILES = sorted(RESULTS.glob("*.json"))
@@ -171,3 +176,73 @@ def test_a_row_of_the_study_is_the_paper_s_with_one_point_switched(row):
     else:
         names = {x.name: x.options for x in options_study.DIFFERENCES}
         assert changed == set(names.get(row, ()))
+
+
+def check_full_run(record, presets):
+    """A run of these presets, whole: what the history says agrees with itself."""
+    model, train = (record["configuration"][name] for name in ("model", "train"))
+    clips = record["configuration"]["data"]
+    sizes = {name: tuple(clips[name]) for name in ("widths", "lengths")}
+    assert ModelConfig.from_dict(model) == ModelConfig.preset(presets["model"], **sizes)
+    config = TrainConfig.from_dict(train)
+    assert config == TrainConfig.preset("paper", **presets["train"], device=config.device)
+    assert (clips["name"], clips["size"]) == ("synthetic", presets["size"])
+    assert tuple(record["clips"].values()) == SIZES[presets["size"]].clips
+    assert record["constant"].keys() == record["clips"].keys() == {"train", "valid", "test"}
+    rows = record["history"]["epochs"]
+    assert [row["epoch"] for row in rows] == list(range(1, config.epochs + 1))
+    errors = [row["valid"]["mae"] for row in rows]
+    assert record["history"]["best_epoch"] == 1 + errors.index(min(errors))
+    assert sum(row["seconds"] for row in rows) < record["seconds"] + 0.1
+    weight = {"task": 1.0, "task_homo": 1.0, "task_hetero": 1.0, "distil_homo": 0.05,
+              "distil_hetero": 0.05, "reconstruction": 0.1, "cycle": 0.1, "margin": 0.01,
+              "orthogonality": 0.01}  # fmt: skip
+    for row in rows:
+        total = sum(weight[name] * row["train"][name] for name in weight)
+        assert row["train"].keys() == {*weight, "total"}
+        assert row["train"]["total"] == pytest.approx(total, rel=1e-4)
+        assert row["edges"].keys() == {"homo", "hetero"}
+        for edges in map(np.array, row["edges"].values()):
+            assert edges.shape == (3, 3) and not np.diag(edges).any() and (edges >= 0).all()
+            assert edges.sum() == pytest.approx(1, abs=1e-4)
+    assert 0 < record["history"]["test"]["mae"] < 3
+
+
+@pytest.fixture(scope="module")
+def small_full_run():
+    return full_run.train("tiny", "tiny", False, epochs=2, device="cpu")
+
+
+def test_the_full_run_writes_a_whole_record(small_full_run):
+    train = {**full_run.TRAIN, "epochs": 2}
+    check_full_run(small_full_run, {"size": "tiny", "model": "tiny", "train": train})
+    splits = data.load("synthetic", size="tiny")
+    middle = np.median(splits.train.label.numpy())
+    for split in splits:
+        error = np.abs(split.label.numpy() - middle).mean()
+        assert small_full_run["constant"][split.name] == pytest.approx(error, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "wrong"),
+    [
+        ("history", "best_epoch", 9),
+        ("clips", "train", 1),
+        ("configuration", "train", {"epochs": 3}),
+        ("configuration", "model", {}),
+    ],
+)
+def test_a_record_of_another_run_is_refused(small_full_run, part, name, wrong):
+    record = copy.deepcopy(small_full_run)
+    record[part][name] = wrong
+    train = {**full_run.TRAIN, "epochs": 2}
+    with pytest.raises(AssertionError):
+        check_full_run(record, {"size": "tiny", "model": "tiny", "train": train})
+
+
+def test_the_recorded_full_run_is_the_paper_s():
+    if not full_run.RECORD.exists():
+        pytest.skip("no full run has been recorded: python tools/full_run.py")
+    record = read(full_run.RECORD)
+    check_full_run(record, {"size": "mosi", "model": "paper", "train": full_run.TRAIN})
+    assert record["parameters"] == sum(x.numel() for x in DMD(ModelConfig()).parameters())
