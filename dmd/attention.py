@@ -152,7 +152,7 @@ class MultiheadAttention(nn.Module):
             mixed = attend(query, key, value, visible, rates[0])
         else:  # one call for all neighbours whose dropout is the same
             groups = [(rate, len([*same])) for rate, same in itertools.groupby(rates)]
-            sizes = [clips * count for _, count in groups]
+            sizes = [clips * n for _, n in groups]
             parts = [x.split(sizes) for x in (query, key, value)]
             seen = [None] * len(groups) if visible is None else visible.split(sizes)
             mixed = torch.cat(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd import losses, plain
+from dmd import fast, losses, plain
 from dmd.batch import Batch
 from dmd.config import ModelConfig, TrainConfig
 from dmd.device import PRECISIONS, find_device, seed_everything
 from dmd.model import DMD
-from dmd.optimisation import bound_gradients, flatten
+from dmd.optimisation import bound_gradients, flatten, make_optimiser
 from dmd.options import nearest
 
 Step = Callable[[], Tensor]  # one training step; gives the loss
@@ -38,23 +38,28 @@ def package_step(config: ModelConfig, train: TrainConfig) -> Step:
     seed_everything(train.seed)
     model = DMD(config).to(device).train()
     flat = flatten(model)
-    fused = device.type in ("cpu", "cuda")
-    optimiser = torch.optim.Adam([flat], lr=train.learning_rate, fused=fused)
+    optimiser = make_optimiser(flat, train)
     clips = random_clips(config, train.batch_size).to(device)
     mixed = train.precision != "float32"
 
-    def step() -> Tensor:
-        assert clips.label is not None
+    def update(batch: Batch) -> dict[str, Tensor]:
+        assert batch.label is not None
         optimiser.zero_grad(set_to_none=False)  # gradients are views
         with torch.autocast(device.type, PRECISIONS[train.precision], enabled=mixed):
-            output = model(clips)
-        total = losses.objective(output, clips.label, train.loss).total
+            output = model(batch)
+        total = losses.objective(output, batch.label, train.loss).total
         total.backward()
         bound_gradients([flat], train)
         optimiser.step()
-        return total.detach()
+        return {"total": total.detach()}
 
-    return step
+    run = fast.capture(update, train, device) or update
+    return lambda: run(clips)["total"]
+
+
+def captured_step(config: ModelConfig, train: TrainConfig) -> Step:
+    """The package's step, recorded once and replayed (`dmd.fast`); on a CUDA device only."""
+    return package_step(config, train.replace(capture=True))
 
 
 def bf16_step(config: ModelConfig, train: TrainConfig) -> Step:
@@ -90,6 +95,7 @@ def plain_step(config: ModelConfig, train: TrainConfig) -> Step:
 VARIANTS: dict[str, Callable[[ModelConfig, TrainConfig], Step]] = {
     "plain": plain_step,
     "bf16": bf16_step,
+    "captured": captured_step,
 }
 
 
@@ -124,14 +130,18 @@ def make_cases(
         name: getattr(base, name)
         for name in ("widths", "lengths", "dim", "heads", "layers", "kernels")
     }
-    device = str(find_device(device))
+    found = find_device(device)
+    obstacle = fast.obstacle(TrainConfig(), found)
+    usual = [name for name in VARIANTS if name != "captured" or obstacle is None]
     cases = {}
-    for name in variants or dict.fromkeys([preset, "released", *VARIANTS]):
+    for name in variants or dict.fromkeys([preset, "released", *usual]):
         if name not in {*presets, *VARIANTS}:
             raise ValueError(nearest(name, [*presets, *VARIANTS], "variant"))
+        if name == "captured" and obstacle is not None:
+            raise ValueError(f"variant 'captured': {obstacle}")
         own = name if name in presets else preset
         model = base if own == preset else ModelConfig.preset(own, **{**(overrides or {}), **sizes})
         recipe = "released" if own.startswith("released") else "paper"
-        train = TrainConfig.preset(recipe, batch_size=batch_size, device=device)
+        train = TrainConfig.preset(recipe, batch_size=batch_size, device=str(found))
         cases[name] = Case(VARIANTS.get(name, package_step), model, train)
     return cases

@@ -8,6 +8,7 @@ from tiny_runs import config, model, same, splits, without_times
 
 from dmd import Trainer
 from dmd.fast import WARM_UP, CapturedStep, capture, obstacle
+from dmd.steps import make_cases
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -47,6 +48,12 @@ def test_where_it_is_not_possible_a_run_is_the_plain_one_with_a_warning():
         found = other.fit(splits())
     assert without_times(found.epochs) == without_times(expected.epochs)
     assert same(other.model.state_dict(), plain.model.state_dict())
+
+
+def test_the_bench_refuses_the_captured_step_where_there_is_none():
+    assert "captured" not in make_cases("tiny", device="cpu")
+    with pytest.raises(ValueError, match="'captured': capture needs a CUDA device"):
+        make_cases("tiny", device="cpu", variants=["captured"])
 
 
 @needs_cuda
