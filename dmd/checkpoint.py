@@ -210,11 +210,13 @@ def require_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, An
     """Refuse to go on from a checkpoint of another configuration or dataset than this run's.
 
     path, there: the checkpoint and its meta data; here: those of this run. The device may differ,
-    the number of epochs too (unless the schedule depends on it), and the same data may lie in
-    another folder. Raises ValueError naming the first key that differs, and both values.
+    with it `capture`, the number of epochs too (unless the schedule depends on it), and the same
+    data may lie in another folder. Raises ValueError naming the first key that differs, and both values.
     """
     here = json.loads(json.dumps(here, default=str))  # as it would look after reading
-    free = {"device"} if here["train_config"]["scheduler"] == "cosine" else {"device", "epochs"}
+    free = {"device", "capture"}
+    if here["train_config"]["scheduler"] != "cosine":
+        free.add("epochs")
     parts = ["model_config", "train_config"]
     if there["dataset"]["fingerprint"] != here["dataset"]["fingerprint"]:
         parts.append("dataset")
