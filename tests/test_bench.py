@@ -138,9 +138,9 @@ def test_plain_and_package_train_the_same(preset):
     package, plainly = (
         case(preset, {**SMALL, **NO_DROPOUT}, v, clips=8).step() for v in (preset, "plain")
     )
-    ours, theirs = ([float(step()) for _ in range(4)] for step in (package, plainly))
+    ours, theirs = ([float(step()) for _ in range(10)] for step in (package, plainly))
     assert ours == pytest.approx(theirs, rel=1e-4)
-    assert ours[3] < ours[0]  # it does train
+    assert ours[9] < ours[0]  # it does train
 
 
 def test_mixed_precision_is_near_but_not_the_same():
