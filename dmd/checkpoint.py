@@ -211,7 +211,8 @@ def require_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, An
 
     path, there: the checkpoint and its meta data; here: those of this run. The device may differ,
     with it `capture`, the number of epochs too (unless the schedule depends on it), and the same
-    data may lie in another folder. Raises ValueError naming the first key that differs, and both values.
+    data may lie in another folder. Raises ValueError naming the first key that differs, and both
+    values.
     """
     here = json.loads(json.dumps(here, default=str))  # as it would look after reading
     free = {"device", "capture"}

@@ -3,6 +3,7 @@
 All forms compute the same function; only dropout, which is random, differs in its draws.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -70,12 +71,13 @@ class ChunkedAttention(torch.autograd.Function):
         """
         seed = int(torch.randint(2**62, ())) if dropout else 0
         draws = _Draws(dropout, seed)
-        mixed = torch.empty_like(query)
+        mixed = _columns(query)
         for q, k, v, out, b in _chunks(heads, bias, query, key, value, mixed):
             weight = _weights(q, k, b, heads)
             if dropout:
-                weight.masked_fill_(draws(weight), 0.0)
-            _product(weight, v, draws.scale, out)
+                weight.mul_(draws(weight))
+            _product(v.mT, weight.mT, draws.scale, out)
+        mixed = mixed.mT
         ctx.save_for_backward(query, key, value, bias, mixed)
         ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
         return mixed
@@ -86,7 +88,7 @@ class ChunkedAttention(torch.autograd.Function):
         """Gradients of query, key and value."""
         query, key, value, bias, mixed = ctx.saved_tensors
         draws = _Draws(ctx.dropout, ctx.seed)
-        grads = [torch.empty_like(x) for x in (query, key, value)]
+        grads = [_columns(x) for x in (query, key, value)]
         mean = (grad * mixed).sum(dim=-1, keepdim=True)
         rows = (query, key, value, grad, mean, *grads)
         scale = 1 / math.sqrt(query.shape[-1])
@@ -95,22 +97,34 @@ class ChunkedAttention(torch.autograd.Function):
             slope = _product(g, v.mT, draws.scale)
             kept = weight
             if ctx.dropout:
-                dropped = draws(weight)
-                slope.masked_fill_(dropped, 0.0)
-                kept = weight.masked_fill(dropped, 0.0)
-            _product(kept.mT, g, draws.scale, to_v)
+                drawn = draws(weight)
+                slope.mul_(drawn)
+                kept = drawn.mul_(weight)
+            _product(g.mT, kept, draws.scale, to_v)
             slope.sub_(m).mul_(weight)
-            _product(slope, k, scale, to_q)
-            _product(slope.mT, q, scale, to_k)
-        return (*grads, None, None, None)
+            _product(k.mT, slope.mT, scale, to_q)
+            _product(q.mT, slope, scale, to_k)
+        return (*(x.mT for x in grads), None, None, None)
+
+
+def _columns(like: Tensor) -> Tensor:
+    """A place for (N, T, width) as (N, width, T).
+
+    Products whose result has few columns are several times slower than those with few rows.
+    """
+    return like.new_empty(len(like), like.shape[2], like.shape[1])
 
 
 def _product(x: Tensor, y: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """scale * x y for matrices (N, i, j), (N, j, k)."""
-    unused = x.new_empty(())
     if out is None:
-        return torch.baddbmm(unused, x, y, beta=0, alpha=scale)
-    return torch.baddbmm(unused, x, y, beta=0, alpha=scale, out=out)
+        return torch.baddbmm(_nothing(x.dtype), x, y, beta=0, alpha=scale)
+    return torch.baddbmm(_nothing(x.dtype), x, y, beta=0, alpha=scale, out=out)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype)
 
 
 def _chunks(
@@ -133,14 +147,14 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Ten
 
 
 class _Draws:
-    """Which weights are dropped, the same again for the same seed; `scale` makes up for them."""
+    """Which weights are kept (1, others 0), the same for the same seed; `scale` makes up for it."""
 
     def __init__(self, share: float, seed: int) -> None:
         self.threshold, self.scale = _threshold(share)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, like: Tensor) -> Tensor:
-        return _bytes(like, self.generator) < self.threshold
+        return _kept(like, self.threshold, self.generator)
 
 
 def _threshold(share: float) -> tuple[int, float]:
@@ -149,11 +163,14 @@ def _threshold(share: float) -> tuple[int, float]:
     return threshold, 256 / (256 - threshold)
 
 
-def _bytes(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Random bytes in the shape of a tensor; eight at a draw, since draws take the time."""
+def _kept(like: Tensor, threshold: int, generator: torch.Generator | None = None) -> Tensor:
+    """1 where a random byte is not below the threshold, else 0, in the shape of a tensor.
+
+    Eight bytes at a draw, since draws take time; numbers, since to multiply is faster than to fill.
+    """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
     words.random_(-(2**63), 2**63 - 1, generator=generator)
-    return words.view(torch.uint8)[: like.numel()].view(like.shape)
+    return (words.view(torch.uint8)[: like.numel()].view(like.shape) >= threshold).to(like.dtype)
 
 
 def drop(x: Tensor, share: float) -> Tensor:
@@ -164,4 +181,4 @@ def drop(x: Tensor, share: float) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, share)
     threshold, scale = _threshold(share)
-    return x.masked_fill(_bytes(x) < threshold, 0.0) * scale
+    return x * _kept(x, threshold).mul_(scale)

@@ -245,7 +245,7 @@ def test_the_share_of_dropped_weights(share):
     kept = weights != 0
     expected = torch.full_like(weights[kept], 1 / (1 - rounded))
     torch.testing.assert_close(weights[kept], expected, rtol=1e-12, atol=0)
-    for places in (kept.flatten()[None], kept.view(-1, 8).T):
+    for places in (kept.flatten()[None], kept.reshape(-1, 8).T):
         spread = math.sqrt(rounded * (1 - rounded) / places.shape[1])
         dropped = 1 - places.double().mean(dim=1)
         assert (dropped - rounded).abs().max() <= 5 * spread
