@@ -227,17 +227,18 @@ def task(prediction: Tensor, label: Tensor) -> Tensor:
     return (prediction - label).abs().mean()
 
 
+def margin_inputs(
+    output: Output, label: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """What Eq. (4) compares, as configured: the first three arguments of `margin`."""
+    classes = sentiment_class(label) if config.margin_class == "rounded" else label
+    size = (label[:, None] - label).abs() if config.margin_size == "labels" else 1.0
+    return output.margin_vectors.transpose(0, 1), classes, config.alpha * size
+
+
 def _margin(output: Output, label: Tensor, config: LossConfig) -> Tensor:
     """Eq. (4) as configured."""
-    return margin(
-        output.margin_vectors.transpose(0, 1),
-        sentiment_class(label) if config.margin_class == "rounded" else label,
-        config.alpha * (
-            (label[:, None] - label).abs() if config.margin_size == "labels" else 1.0
-        ),
-        config.margin_pairs,
-        config.margin_mean,
-    )  # fmt: skip
+    return margin(*margin_inputs(output, label, config), config.margin_pairs, config.margin_mean)
 
 
 @dataclass

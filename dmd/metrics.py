@@ -151,8 +151,15 @@ def evaluate(
     return compute(torch.cat(predictions).cpu(), split.label)
 
 
-def mean_edges(model: nn.Module, split: Dataset) -> dict[str, list[list[float]]]:
-    """The mean edges (3, 3) of both graphs over a split: from row (teacher) to column (student)."""
-    pairs = collect(lambda x: (x.homo.edges, x.hetero.edges), model, split)
-    means = (torch.cat(edges).float().mean(dim=0) for edges in zip(*pairs, strict=True))
-    return {name: mean.tolist() for name, mean in zip(("homo", "hetero"), means, strict=True)}
+def evaluate_with_edges(
+    model: nn.Module, split: Dataset
+) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
+    """The scores of `evaluate`, and in the same pass the mean edges (3, 3) of both graphs.
+
+    An edge goes from its row (teacher) to its column (student).
+    """
+    parts = collect(lambda x: (x.prediction, x.homo.edges, x.hetero.edges), model, split)
+    predictions, *graphs = (torch.cat(part) for part in zip(*parts, strict=True))
+    means = [edges.float().mean(dim=0).tolist() for edges in graphs]
+    edges = dict(zip(("homo", "hetero"), means, strict=True))
+    return compute(predictions.cpu(), split.label), edges

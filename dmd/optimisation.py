@@ -1,14 +1,17 @@
 """What surrounds a step of the optimiser: its clips, the bound of its gradients, its rate."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset
-from dmd.distributed import world_size
+from dmd.device import PRECISIONS
+from dmd.distributed import Share, world_size
+from dmd.losses import LossTerms, objective
 
 
 def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
@@ -55,6 +58,40 @@ def bound_gradients(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
         nn.utils.clip_grad_value_(parameters, config.clip_at)
     elif config.clip == "norm":
         nn.utils.clip_grad_norm_(parameters, config.clip_at)
+
+
+def loss_terms(
+    model: nn.Module, config: TrainConfig, batch: Batch, share: Share | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms of the loss of a batch, unweighted and weighted, in the configured precision.
+
+    share: as in `dmd.losses.objective`.
+    """
+    dtype = PRECISIONS[config.precision]
+    with torch.autocast(batch.language.device.type, dtype, enabled=dtype != torch.float32):
+        output = model(batch)
+    assert batch.label is not None  # checked by Dataset
+    terms = objective(output, batch.label, config.loss, share)
+    return terms.unweighted, terms.weighted
+
+
+def update(
+    batch: Batch,
+    terms: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]],
+    weights: nn.Parameter,
+    optimiser: Optimizer,
+    config: TrainConfig,
+) -> dict[str, Tensor]:
+    """One update of `weights` (see `flatten`) from one batch: the unweighted terms, and `total`.
+
+    terms: `loss_terms` of a model. No result is looked at, so that a GPU can record it all.
+    """
+    optimiser.zero_grad(set_to_none=False)  # gradients are views
+    found = LossTerms(*terms(batch, None))
+    found.total.backward()
+    bound_gradients([weights], config)
+    optimiser.step()
+    return {**found.unweighted, "total": found.total}
 
 
 def make_optimiser(weights: nn.Parameter, config: TrainConfig) -> Optimizer:

@@ -200,14 +200,10 @@ def objective(output: Output, label: Tensor, config: LossConfig) -> Tensor:
         return losses.objective(output, label, config).total
     others = losses.objective(dataclasses.replace(output, reconstructed=None), label, config)
     masks = output.masks
-    size = (label[:, None] - label).abs() if config.margin_size == "labels" else 1.0
-    classes = losses.sentiment_class(label) if config.margin_class == "rounded" else label
     decoupling = (
         losses.reconstruction(output.shallow, output.reconstructed, masks)
         + losses.cycle(output.private, output.private_again, masks)
-        + config.gamma * margin(
-            output.margin_vectors.transpose(0, 1), classes, config.alpha * size, config
-        )
+        + config.gamma * margin(*losses.margin_inputs(output, label, config), config)
         + config.gamma * losses.orthogonality(
             output.common, output.private, masks, config.orthogonality, config.orthogonality_axis
         )

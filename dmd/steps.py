@@ -5,17 +5,18 @@ A step gathers nothing and saves nothing: its clips, random numbers, lie on the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmd import fast, losses, plain
+from dmd import fast, plain
 from dmd.batch import Batch
 from dmd.config import ModelConfig, TrainConfig
-from dmd.device import PRECISIONS, find_device, seed_everything
+from dmd.device import find_device, seed_everything
 from dmd.model import DMD
-from dmd.optimisation import bound_gradients, flatten, make_optimiser
+from dmd.optimisation import bound_gradients, flatten, loss_terms, make_optimiser, update
 from dmd.options import nearest
 
 Step = Callable[[], Tensor]  # one training step; gives the loss
@@ -40,21 +41,13 @@ def package_step(config: ModelConfig, train: TrainConfig) -> Step:
     flat = flatten(model)
     optimiser = make_optimiser(flat, train)
     clips = random_clips(config, train.batch_size).to(device)
-    mixed = train.precision != "float32"
+    terms = partial(loss_terms, model, train)
 
-    def update(batch: Batch) -> dict[str, Tensor]:
-        assert batch.label is not None
-        optimiser.zero_grad(set_to_none=False)  # gradients are views
-        with torch.autocast(device.type, PRECISIONS[train.precision], enabled=mixed):
-            output = model(batch)
-        total = losses.objective(output, batch.label, train.loss).total
-        total.backward()
-        bound_gradients([flat], train)
-        optimiser.step()
-        return {"total": total.detach()}
+    def step(batch: Batch) -> dict[str, Tensor]:
+        return update(batch, terms, flat, optimiser, train)
 
-    run = fast.capture(update, train, device) or update
-    return lambda: run(clips)["total"]
+    run = fast.capture(step, train, device) or step
+    return lambda: run(clips)["total"].detach()
 
 
 def captured_step(config: ModelConfig, train: TrainConfig) -> Step:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from dmd import checkpoint, distributed, fast, optimisation
 from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
-from dmd.device import PRECISIONS, seed_everything
-from dmd.distributed import Share
+from dmd.device import seed_everything
 from dmd.history import History, Interrupted, NonFiniteLoss, require_finite
-from dmd.losses import LossTerms, objective
-from dmd.metrics import compute, evaluate, mean_edges
+from dmd.losses import LossTerms
+from dmd.metrics import compute, evaluate, evaluate_with_edges
 from dmd.model import DMD
 
 
@@ -94,7 +94,8 @@ class Trainer:
         config = self.config
         self.model.to(self.device)
         self.flat = optimisation.flatten(self.model)
-        self.terms = distributed.replicate(self.model, self._terms)
+        terms = partial(optimisation.loss_terms, self.model, config)
+        self.terms = distributed.replicate(self.model, terms)
         self.optimiser = optimisation.make_optimiser(self.flat, config)
         self.scheduler = optimisation.make_scheduler(self.optimiser, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -148,23 +149,8 @@ class Trainer:
                 raise Interrupted(f"stopped in epoch {self.epoch + 1} at step {self.step}{saved}")
         return sum(map(len, steps))
 
-    def _terms(self, batch: Batch, share: Share | None) -> tuple[dict[str, Tensor], ...]:
-        """The terms of the loss, unweighted and weighted; batch: the clips of this process."""
-        dtype = PRECISIONS[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            output = self.model(batch)
-        assert batch.label is not None  # checked by Dataset
-        terms = objective(output, batch.label, self.config.loss, share)
-        return terms.unweighted, terms.weighted
-
     def _update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update from one batch, looking at no result: what a GPU can record."""
-        self.optimiser.zero_grad(set_to_none=False)
-        terms = LossTerms(*self.terms(batch, None))
-        terms.total.backward()
-        optimisation.bound_gradients([self.flat], self.config)
-        self.optimiser.step()
-        return {**terms.unweighted, "total": terms.total}
+        return optimisation.update(batch, self.terms, self.flat, self.optimiser, self.config)
 
     def _train_step(self, train: Dataset, group: Tensor) -> None:
         """One update, from the gradients of a group of one or more batches."""
@@ -210,13 +196,12 @@ class Trainer:
                     f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
         require_finite(self.sums, self.epoch + 1)
-        scores = distributed.from_main(evaluate, self.model, splits.valid)
+        scores, edges = distributed.from_main(evaluate_with_edges, self.model, splits.valid)
         train = {name: float(total) / clips for name, total in self.sums.items()}
         self.epoch += 1
         row: dict[str, Any] = {"epoch": self.epoch, "seconds": round(self.seconds, 3)}
         row["learning_rate"] = self._rate()
-        row |= {"train": train, "valid": scores}
-        row["edges"] = distributed.from_main(mean_edges, self.model, splits.valid)
+        row |= {"train": train, "valid": scores, "edges": edges}
         if self.config.test_each_epoch:
             row["test"] = distributed.from_main(evaluate, self.model, splits.test)
         self.history.epochs.append(row)

@@ -95,7 +95,8 @@ def forbidden(*_, **__):
 def compare(folder):
     """Every case, on each rank; then a killed run goes on. Only the main rank scores and writes."""
     if not distributed.is_main():
-        trainer.evaluate = checkpoint.write_atomically = forbidden
+        trainer.evaluate = trainer.evaluate_with_edges = forbidden
+        checkpoint.write_atomically = forbidden
     found = {name: run(name, folder / "out" / name) for name in [*CASES, "released"]}
     try:
         Trainer(tiny.model(), tiny.config(batch_size=1)).fit(tiny.splits())

@@ -12,7 +12,7 @@ from torch import nn
 
 from dmd import Batch, PerModality
 from dmd.data import Dataset
-from dmd.metrics import compute, evaluate, legacy_f1, mean_edges
+from dmd.metrics import compute, evaluate, evaluate_with_edges, legacy_f1
 
 KEYS = ["mae", "corr", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0", "acc5", "acc7"]
 
@@ -252,12 +252,15 @@ def test_mean_edges_are_those_of_every_clip_from_teacher_to_student():
         def forward(self, batch):
             edges = torch.arange(9.0).view(3, 3) * batch.label[:, None, None]
             return SimpleNamespace(
-                homo=SimpleNamespace(edges=edges), hetero=SimpleNamespace(edges=-edges)
+                prediction=batch.label / 2,
+                homo=SimpleNamespace(edges=edges),
+                hetero=SimpleNamespace(edges=-edges),
             )
 
     split = split_of(300)  # more than one batch
     mean = split.label.mean()
-    found = mean_edges(Fixed(), split)
+    scores, found = evaluate_with_edges(Fixed(), split)
+    assert scores == evaluate(Fixed(), split)
     expected = torch.arange(9.0).view(3, 3) * mean
     torch.testing.assert_close(torch.tensor(found["homo"]), expected)
     torch.testing.assert_close(torch.tensor(found["hetero"]), -expected)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dmd
-from dmd import Batch, LossConfig, TrainConfig, Trainer, checkpoint, trainer
+from dmd import Batch, LossConfig, TrainConfig, Trainer, checkpoint, optimisation, trainer
 from dmd.data import Dataset
 from dmd.device import find_device
 from dmd.optimisation import groups
@@ -41,6 +41,8 @@ def scores(monkeypatch):
             return found
 
         monkeypatch.setattr(trainer, "evaluate", evaluate)
+        with_edges = lambda model, split: (evaluate(model, split), {})  # noqa: E731
+        monkeypatch.setattr(trainer, "evaluate_with_edges", with_edges)
 
     return script
 
@@ -449,7 +451,7 @@ def test_devices_that_are_there():
 
 def broken_after(monkeypatch, calls, term):
     """Make one term of the objective infinite from a certain call on."""
-    real, count = trainer.objective, []
+    real, count = optimisation.objective, []
 
     def objective(*args):
         terms = real(*args)
@@ -460,7 +462,7 @@ def broken_after(monkeypatch, calls, term):
                 terms.weighted[name] = terms.weighted[name] * math.inf
         return terms
 
-    monkeypatch.setattr(trainer, "objective", objective)
+    monkeypatch.setattr(optimisation, "objective", objective)
 
 
 def test_a_loss_that_is_not_finite_names_term_and_clips_and_keeps_the_checkpoint(
