@@ -190,12 +190,12 @@ class Trainer:
 
     def _close_epoch(self, splits: Splits, clips: int) -> None:
         """Score the epoch on the validation split, keep it if it is the best, and save."""
+        require_finite(self.sums, self.epoch + 1)
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise NonFiniteLoss(
                     f"the weights {name} are not finite after epoch {self.epoch + 1}"
                 )
-        require_finite(self.sums, self.epoch + 1)
         scores, edges = distributed.from_main(evaluate_with_edges, self.model, splits.valid)
         train = {name: float(total) / clips for name, total in self.sums.items()}
         self.epoch += 1
