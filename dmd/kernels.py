@@ -1,4 +1,4 @@
-"""Softmax attention without keeping the weights: the fastest form that a device has.
+"""Softmax attention that keeps its weights only where they are few: the fastest form of a device.
 
 All forms compute the same function; only dropout, which is random, differs in its draws.
 """
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK = 1 << 21  # attention weights that are worked on at a time: they stay in the cache
+KEPT = 1 << 22  # attention weights of a call up to which they are kept for the backward pass
 LONG = 1 << 14  # queries times keys from which PyTorch's kernel for processors is faster
 
 
@@ -51,8 +52,10 @@ def attend(
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention on a processor, a few clips at a time; the backward pass computes the weights
-    again instead of keeping them, so that memory does not grow with queries times keys.
+    """Attention on a processor, a few clips at a time.
+
+    Many weights are not kept but computed again in the backward pass, so that memory does not grow
+    with queries times keys.
     """
 
     @staticmethod
@@ -72,13 +75,15 @@ class ChunkedAttention(torch.autograd.Function):
         seed = int(torch.randint(2**62, ())) if dropout else 0
         draws = _Draws(dropout, seed)
         mixed = _columns(query)
+        few = len(query) * query.shape[1] * key.shape[1] <= KEPT
+        saved: list[Tensor] = []
         for q, k, v, out, b in _chunks(heads, bias, query, key, value, mixed):
-            weight = _weights(q, k, b, heads)
-            if dropout:
-                weight.mul_(draws(weight))
-            _product(v.mT, weight.mT, draws.scale, out)
+            weight, kept = _weights(q, k, b, heads, draws)
+            if few:
+                saved += (weight, kept)
+            _product(v.mT, kept.mT, draws.scale, out)
         mixed = mixed.mT
-        ctx.save_for_backward(query, key, value, bias, mixed)
+        ctx.save_for_backward(query, key, value, bias, mixed, *saved)
         ctx.heads, ctx.dropout, ctx.seed = heads, dropout, seed
         return mixed
 
@@ -86,22 +91,18 @@ class ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
-        query, key, value, bias, mixed = ctx.saved_tensors
+        query, key, value, bias, mixed, *saved = ctx.saved_tensors
         draws = _Draws(ctx.dropout, ctx.seed)
         grads = [_columns(x) for x in (query, key, value)]
         mean = (grad * mixed).sum(dim=-1, keepdim=True)
         rows = (query, key, value, grad, mean, *grads)
         scale = 1 / math.sqrt(query.shape[-1])
+        pairs = zip(saved[::2], saved[1::2], strict=True)
         for q, k, v, g, m, to_q, to_k, to_v, b in _chunks(ctx.heads, bias, *rows):
-            weight = _weights(q, k, b, ctx.heads)
-            slope = _product(g, v.mT, draws.scale)
-            kept = weight
-            if ctx.dropout:
-                drawn = draws(weight)
-                slope.mul_(drawn)
-                kept = drawn.mul_(weight)
+            weight, kept = next(pairs, None) or _weights(q, k, b, ctx.heads, draws)
             _product(g.mT, kept, draws.scale, to_v)
-            slope.sub_(m).mul_(weight)
+            slope = _product(g, v.mT, draws.scale).mul_(kept)
+            slope.addcmul_(m, weight, value=-1)
             _product(k.mT, slope.mT, scale, to_q)
             _product(q.mT, slope, scale, to_k)
         return (*(x.mT for x in grads), None, None, None)
@@ -139,22 +140,28 @@ def _chunks(
     return zip(*parts, biases, strict=True)
 
 
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+def _weights(
+    query: Tensor, key: Tensor, bias: Tensor | None, heads: int, draws: "_Draws"
+) -> tuple[Tensor, Tensor]:
+    """The weights, and what dropout keeps of them."""
     score = _product(query, key.mT, 1 / math.sqrt(query.shape[-1]))
     if bias is not None:
         score.unflatten(0, (-1, heads)).add_(bias)
-    return score.softmax(dim=-1)
+    weight = score.softmax(dim=-1)
+    return weight, draws(weight)
 
 
 class _Draws:
-    """Which weights are kept (1, others 0), the same for the same seed; `scale` makes up for it."""
+    """Dropout of weights, the same for the same seed; `scale` makes up for what it takes away."""
 
     def __init__(self, share: float, seed: int) -> None:
         self.threshold, self.scale = _threshold(share)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, like: Tensor) -> Tensor:
-        return _kept(like, self.threshold, self.generator)
+    def __call__(self, weight: Tensor) -> Tensor:
+        if not self.threshold:
+            return weight
+        return _kept(weight, self.threshold, self.generator).mul_(weight)
 
 
 def _threshold(share: float) -> tuple[int, float]:

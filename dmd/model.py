@@ -14,6 +14,7 @@ from dmd.config import ModelConfig
 from dmd.decoupling import Decoupling, ShallowEncoder, shorten
 from dmd.fusion import AdaptiveFusion, ResidualRegressor
 from dmd.graph import GDUnit, GraphOutput
+from dmd.kernels import drop
 
 
 @dataclass
@@ -86,7 +87,6 @@ class DMD(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.language_dropout = nn.Dropout(config.language_dropout)
         self.shallow = nn.ModuleList(
             ShallowEncoder(
                 width, dim, kernel, config.projection_padding, config.skip_equal_projection
@@ -241,7 +241,9 @@ class DMD(nn.Module):
         """A batch of B clips -> everything in `Output`."""
         self.check(batch)
         inputs, masks, padded = self.prepare(batch)
-        inputs = inputs._replace(language=self.language_dropout(inputs.language))
+        if self.training and self.config.language_dropout:
+            language = drop(inputs.language, self.config.language_dropout)
+            inputs = inputs._replace(language=language)
         hidden = masks if padded else [None] * len(masks)  # no masks where none are needed
         shallow = PerModality(
             *(encode(x, mask) for encode, x, mask in zip(self.shallow, inputs, hidden, strict=True))

@@ -1,4 +1,4 @@
-"""Attention without kept weights: the plain formula, its gradients, dropout, and memory."""
+"""The forms of attention: the plain formula, its gradients, dropout, and memory."""
 
 import itertools
 import math
@@ -11,6 +11,13 @@ from dmd import kernels
 from dmd.kernels import ChunkedAttention, attend
 
 EVER = 1 << 62
+
+
+@pytest.fixture(autouse=True, params=[0, EVER], ids=["computed_again", "kept"])
+def kept_weights(request, monkeypatch):
+    """Every test holds where the backward pass computes the weights again and where it does not."""
+    monkeypatch.setattr(kernels, "KEPT", request.param)
+    return request.param > 0
 
 
 def randn(*shape, seed=0):
@@ -319,7 +326,10 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["all", "lengths"])
-def test_what_is_kept_for_the_backward_pass_grows_with_the_steps_only(kind, dropout):
+def test_what_is_kept_for_the_backward_pass_grows_with_the_steps_only(kind, dropout, monkeypatch):
+    """From the number of weights on that is kept: 2 clips, 2 heads, 30 steps each."""
+    monkeypatch.setattr(kernels, "KEPT", 2 * 2 * 30 * 30 - 1)
+
     def kept(steps):
         numbers = []
         leaves = [x.clone().requires_grad_() for x in qkv(2, 2, steps, steps, 5)]
@@ -336,6 +346,21 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_steps_only(kind, drop
         return sum(numbers)
 
     assert kept(120) == 4 * kept(30) > 0
+    few, weights = kept(30), 2 * 2 * 30 * 30
+    monkeypatch.setattr(kernels, "KEPT", weights)
+    assert kept(30) == few + 2 * weights  # before and after dropout
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("chunk", [1, EVER])
+def test_weights_that_are_kept_are_those_that_are_computed_again(chunk, dropout, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    found = []
+    for few in (0, EVER):
+        monkeypatch.setattr(kernels, "KEPT", few)
+        torch.manual_seed(0)
+        found.append(with_gradients(lambda *x: attend(*x, None, dropout), qkv(3, 2, 4, 5, 5)))
+    assert_equal(*found, 0.0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
