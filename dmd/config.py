@@ -1,7 +1,7 @@
 """Every setting of the model, the objective and the training loop, as three dataclasses.
 
-Each has the presets `paper`, which is the default, and `released`: every point where the published
-code parts from the paper is an option with one value in either.
+Each has the presets `paper`, the default, and `released`: every point where the published code
+parts from the paper is an option with one value in either.
 """
 
 from dataclasses import dataclass, field
@@ -187,9 +187,10 @@ class LossConfig(Config):
     alpha: the margin of Eq. 4; the paper does not print it, the published code uses 0.15.
     unimodal: weight of the task loss of each of the six unimodal heads. The paper names one
         task loss, but f of Eq. 8 has to be trained by something.
+    leave_out: one term of Eq. 6 that gets no weight, for ablations.
     orthogonality: `signed` is Eq. 5 as printed (lowest at cosine -1), `hinge` and `squared`
         are lowest at orthogonal features.
-    In the options that follow the first value is that of `paper`, the other that of `released`:
+    From here on the first value is that of `paper`, the other that of `released`:
     orthogonality_axis: the cosine of Eq. 5 runs over the `feature` axis, or over the `batch`.
     margin_pairs: a positive of Eq. 4 is in another modality and a negative in the same (`triples`),
         or both are in any (`all`).
@@ -209,6 +210,7 @@ class LossConfig(Config):
     gamma: float = 0.1
     alpha: float = 0.15
     unimodal: float = 1.0
+    leave_out: Literal["none", "reconstruction", "cycle", "margin", "orthogonality"] = "none"
     orthogonality: Literal["signed", "hinge", "squared"] = "signed"
     orthogonality_axis: Literal["feature", "batch"] = "feature"
     margin_pairs: Literal["triples", "all"] = "triples"
@@ -255,10 +257,9 @@ class TrainConfig(Config):
         `cosine` lets it fall to zero over the epochs.
     patience: stop after that many epochs without a better validation score (None: never).
     select: the validation score that picks the epoch to keep; `mae` is lowest, others highest.
-    test_each_epoch: write the scores on the test split to the history of every epoch. They choose
-        nothing.
+    test_each_epoch: every epoch's history has the scores on the test split; they choose nothing.
     device: `auto` takes cuda, else mps, else cpu.
-    seed: of everything random in a run.
+    seed: of all that is random.
     precision: `bf16` and `fp16` run the forward pass in mixed precision.
     capture: on a CUDA device record the training step once and replay it (`dmd.fast`).
     margin_over: of processes that share each batch (torchrun). Eq. 4 compares all clips of a batch

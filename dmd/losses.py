@@ -298,10 +298,9 @@ def objective(
             terms["orthogonality"] = angles(joined[:3], joined[3:6], joined[6:])
         else:
             terms["orthogonality"] = over_steps(angles, output.common, output.private)
-        for name in ("reconstruction", "cycle"):
-            weights[name] = config.lambda1
-        for name in ("margin", "orthogonality"):
-            weights[name] = config.lambda1 * config.gamma
+        weights |= dict.fromkeys(("reconstruction", "cycle"), config.lambda1)
+        weights |= dict.fromkeys(("margin", "orthogonality"), config.lambda1 * config.gamma)
+        weights[config.leave_out] = 0.0  # `none` is no term
     for name, graph in graphs:
         edges = graph.edges
         if config.edge_prior != "none":

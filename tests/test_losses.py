@@ -616,6 +616,18 @@ def test_the_default_weights_are_those_of_the_paper():
     assert (config.lambda1, config.lambda2, config.gamma) == (0.1, 0.05, 0.1)
 
 
+@pytest.mark.parametrize("name", ["reconstruction", "cycle", "margin", "orthogonality"])
+def test_a_term_that_is_left_out_is_shown_and_has_no_weight(name):
+    _, output = forward()
+    full, less = (objective(output, LABEL, LossConfig(leave_out=x)) for x in ("none", name))
+    assert {k: v.item() for k, v in full.unweighted.items()} == {
+        k: v.item() for k, v in less.unweighted.items()
+    }
+    other = {k: v.item() for k, v in full.weighted.items()}
+    assert {k: v.item() for k, v in less.weighted.items()} == {**other, name: 0.0}
+    assert other[name] > 0
+
+
 def test_gamma_zero_removes_margin_and_orthogonality():
     plain = gradients(TINY, LossConfig(gamma=0.0))
     other = gradients(TINY, LossConfig(gamma=0.0, alpha=0.9, orthogonality="squared"))
@@ -665,9 +677,10 @@ def test_ablations_remove_terms_or_make_them_zero():
 
 OPTIONS = {
     "lambda1": 0.3, "lambda2": 0.7, "gamma": 0.4, "alpha": 0.6, "unimodal": 0.5,
-    "orthogonality": "hinge", "orthogonality_axis": "batch", "margin_pairs": "all",
-    "margin_class": "exact", "margin_size": "labels", "margin_mean": "anchors",
-    "edge_prior": "uniform", "edge_regulariser": 2.0, "representation": 3.0,
+    "leave_out": "cycle", "orthogonality": "hinge", "orthogonality_axis": "batch",
+    "margin_pairs": "all", "margin_class": "exact", "margin_size": "labels",
+    "margin_mean": "anchors", "edge_prior": "uniform", "edge_regulariser": 2.0,
+    "representation": 3.0,
 }  # fmt: skip
 RELEASED = replace(ModelConfig.preset("released", heads=2, edge_hidden=(3, 4), layers=1),
                    widths=TINY.widths, lengths=TINY.lengths, kernels=(3, 1, 3))  # fmt: skip
