@@ -57,11 +57,11 @@ def operations(step: Step) -> int:
 def counted_flops(step: Step) -> int:
     """Operations in products, by PyTorch's counter: what the step really multiplies.
 
-    Against `dmd.flops.step_flops` it has more where the package's attention computes its weights
-    again, where separate values take their keys along, and where heads are padded for a kernel;
-    less for the convolutions, whose input, the clips, needs no gradient. It does not know
-    PyTorch's own kernel of attention for processors, which runs with bf16 or long sequences where
-    the attention has no dropout.
+    Against `dmd.flops.step_flops` it has more where there are too many attention weights to keep,
+    so that the package computes them again, where separate values take their keys along, and where
+    heads are padded for a kernel; less for the convolutions, whose input, the clips, needs no
+    gradient. It does not know PyTorch's own kernel of attention for processors, which runs with
+    bf16 or long sequences where the attention has no dropout.
     """
     with FlopCounterMode(display=False) as counter:
         step()

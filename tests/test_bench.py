@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd import DMD, Batch, LossConfig, ModelConfig, bench, cli, flops, losses, plain, steps
+from dmd import (
+    DMD,
+    Batch,
+    LossConfig,
+    ModelConfig,
+    bench,
+    cli,
+    flops,
+    kernels,
+    losses,
+    plain,
+    steps,
+)
 from dmd.model import PAIRS
 
 torch.set_num_threads(1)  # more would only wait for each other
@@ -56,8 +68,10 @@ def test_the_formula_is_what_the_counter_sees_of_plain_steps(model):
     assert counted == flops.step_flops(plainly.model, 4) - gradients_of_clips(plainly.model)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 62], ids=["computed again", "kept"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_the_package_makes_more_products_by_what_its_docstring_says(model):
+def test_the_package_makes_more_products_by_what_its_docstring_says(model, kept, monkeypatch):
+    monkeypatch.setattr(kernels, "KEPT", kept)
     package = case(*model)
     config, n = package.model, package.model.steps
     again = keys = 0
@@ -73,6 +87,7 @@ def test_the_package_makes_more_products_by_what_its_docstring_says(model):
     if config.common_attention:
         again += config.layers * sum(flops.linear(4 * q, config.dim, q) for q in n)
     plainly = flops.step_flops(config, 4) - gradients_of_clips(config)
+    again = 0 if kept else again
     assert bench.counted_flops(package.step()) == plainly + again + 3 * keys
 
 

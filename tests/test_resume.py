@@ -30,7 +30,7 @@ if hasattr(signal, "SIGKILL"):
 
 def trainer(folder, **options):
     """Three steps an epoch, dropout, a schedule; the second of three epochs is the best."""
-    usual = {"epochs": EPOCHS, "batch_size": 3, "accumulate": 2, "learning_rate": 0.03}
+    usual = {"epochs": EPOCHS, "batch_size": 3, "accumulate": 2, "learning_rate": 0.04}
     return Trainer(tiny.model(), tiny.config(**{**usual, **options}), folder)
 
 
