@@ -30,7 +30,7 @@ from dmd.trainer import Trainer, seed_everything
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, RECORD = ROOT / "_build" / "objective_study", "objective_synthetic.json"
 SEEDS = range(5)
-DATA = {"name": "synthetic", **options_study.DATASETS["synthetic"]}
+DATA = options_study.DATASETS["synthetic"]
 SMALL, BUDGET = options_study.SMALL, options_study.BUDGET
 METRICS = ("mae", "corr", "acc2_non0", "acc7")
 CURVES = ("paper", "prior")  # rows whose epochs are recorded for all seeds, others for the first
@@ -64,7 +64,7 @@ def train(row: str, seed: int) -> dict[str, Any]:
     """One cell: train, choose the epoch on the validation split, measure on the test split."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    splits = data.load(**DATA)
+    splits = data.load("synthetic", **DATA)
     model_options, loss_options = ROWS[row]
     sizes = {"widths": splits.widths, "lengths": splits.lengths}
     seed_everything(seed)
@@ -156,7 +156,12 @@ def summary() -> dict[str, Any]:
     return {
         "what": "Scores, leakage of known factors (R^2 of linear probes), scores of every head and "
         "edges on the test split of a small DMD under the paper's options with one thing changed.",
-        "configuration": {"data": DATA, "model": SMALL, "train": BUDGET, "seeds": list(SEEDS)},
+        "configuration": {
+            "data": {"name": "synthetic", **DATA},
+            "model": SMALL,
+            "train": BUDGET,
+            "seeds": list(SEEDS),
+        },
         "rows": rounded(rows),
         "provenance": {
             **checkpoint.provenance(),
