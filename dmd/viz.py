@@ -13,6 +13,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -195,6 +196,23 @@ def live(function: Callable[..., Any], **controls: Any) -> None:
 def say(markdown: str) -> None:
     """Display computed text as Markdown, so that no number in the prose is typed."""
     display(Markdown(markdown))
+
+
+def record(name: str) -> dict[str, Any] | None:
+    """The recorded result data/results/NAME.json of the book's repository, where it is at hand.
+
+    None, and one sentence that says so, where it is not beside this notebook (as in Colab).
+    """
+    for up in ("..", "."):
+        file = Path(up, "data", "results", f"{name}.json")
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    say(
+        f"*The record `data/results/{name}.json` is not beside this notebook; it lies in the "
+        "repository of the book. What it shows is left out here.*"
+    )
+    return None
 
 
 def _written(value: object) -> str:
