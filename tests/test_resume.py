@@ -285,7 +285,7 @@ def test_more_epochs_go_on_as_one_long_run(half, reference):
     ("options", "key"),
     [
         ({"batch_size": 4}, "batch_size=3, this run has 4"),
-        ({"learning_rate": 0.5}, "learning_rate=0.03, this run has 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate=0.04, this run has 0.5"),
         ({"seed": 5}, "seed=0, this run has 5"),
         ({"loss": {"alpha": 0.5}}, "loss.alpha=0.15, this run has 0.5"),
         ({"patience": None}, "patience=10, this run has None"),
