@@ -9,6 +9,7 @@ from pathlib import Path
 
 import full_run
 import numpy as np
+import objective_study
 import options_study
 import pytest
 import real_run
@@ -246,3 +247,40 @@ def test_the_recorded_full_run_is_the_paper_s():
     record = read(full_run.RECORD)
     check_full_run(record, {"size": "mosi", "model": "paper", "train": full_run.TRAIN})
     assert record["parameters"] == sum(x.numel() for x in DMD(ModelConfig()).parameters())
+
+
+# The study of the objective's parts
+
+OBJECTIVE = RESULTS / objective_study.RECORD
+
+
+def test_the_objective_study_has_all_rows_with_the_options_that_the_tool_gives_them():
+    found = read(OBJECTIVE)
+    rows = json.loads(json.dumps(objective_study.ROWS))  # tuples become lists
+    assert list(found["rows"]) == list(rows)
+    for name, row in found["rows"].items():
+        assert [row["model"], row["loss"]] == rows[name]
+        ModelConfig.preset("paper", **found["configuration"]["model"], **row["model"])
+        LossConfig(**row["loss"])
+        assert [run["seed"] for run in row["runs"]] == found["configuration"]["seeds"]
+        assert len({run["test"]["mae"] for run in row["runs"]}) == 5  # the seed does something
+
+
+def test_the_objective_study_is_consistent_in_itself():
+    found = read(OBJECTIVE)
+    for name, row in found["rows"].items():
+        for run in row["runs"]:
+            for graph, heads in run["heads"].items():
+                assert len(heads) == 3
+                distils = row["model"].get(f"{graph}_distillation", True)
+                for edges in run["edges_by_reliable"][graph]:
+                    total = sum(sum(line) for line in edges)
+                    assert total == pytest.approx(float(distils), abs=1e-3), name
+                    assert [edges[m][m] for m in range(3)] == [0, 0, 0]
+            for part in run["leakage"].values():
+                assert all(0 <= x <= 1 for factor in part.values() for x in factor)
+                assert max(part["other"]) < 0.05  # no encoder of a modality saw another
+            if "epochs" in run:
+                curve = [epoch["valid"]["mae"] for epoch in run["epochs"]]
+                assert curve.index(min(curve)) + 1 == run["best_epoch"]
+        assert "epochs" in row["runs"][0]
