@@ -18,7 +18,7 @@ step = @echo "== $(1) ..."; start=$$(date +%s); $(2) \
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test notebooks repository serve clean lint types pairs tests chapters
+.PHONY: help book test notebooks repository serve clean lint types pairs tests chapters browser
 
 help:
 	@echo 'make book        build the book into _build/html'
@@ -34,7 +34,7 @@ book: $(VENV)/installed
 	@echo "The book: $(CURDIR)/$(INDEX)"
 
 test: lint types pairs tests chapters
-	@$(MAKE) --no-print-directory book
+	@$(MAKE) --no-print-directory book browser
 
 # The environment. torch is named with its pin in every call: see constraints.txt.
 $(VENV)/installed: constraints.txt pyproject.toml
@@ -61,11 +61,16 @@ pairs: $(VENV)/installed
 	$(call step,pairs,$(BIN)/python tools/pairs.py --check)
 
 tests: $(VENV)/installed
-	$(call step,tests,OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) tests)
+	$(call step,tests,OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) tests \
+	  --ignore tests/browser)
 
 chapters: $(VENV)/installed
 	$(call step,chapters,OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --nbmake \
 	  --nbmake-kernel=python3 --nbmake-timeout=120 book)
+
+# The built pages in Chromium; skipped with a reason where there is none.
+browser: $(INDEX)
+	$(call step,browser,$(BIN)/pytest -q -rs -n $(JOBS) tests/browser)
 
 notebooks: $(VENV)/installed
 	@$(BIN)/python tools/pairs.py $(if $(FROM),--from $(FROM))

@@ -1,7 +1,7 @@
 """What the book's build needs beyond its configuration.
 
-Docstrings shown as they are written, a table of the facts of the build, and equations of several
-lines that carry the paper's number.
+Docstrings shown as they are written, a table of the facts of the build, equations of several lines
+that carry the paper's number, and pages without errors on the browser's console.
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from docutils import nodes
@@ -85,10 +86,27 @@ def keep_tags(app: Sphinx, doctree: nodes.document) -> None:
             block.children = [nodes.Text(rf"\[{text}\]")]
 
 
+def clear_console(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Leave out what makes the theme's own scripts complain on every page.
+
+    The theme declares the settings of Thebe twice, and the book does not run cells in the page;
+    and it wants to be told that light or dark follows the reader's system.
+    """
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script.filename} {getattr(script, 'attributes', {})}".lower()
+    ]
+    context["default_mode"] = "auto"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register all of it with Sphinx."""
     app.connect("autodoc-process-docstring", as_written)
     app.connect("autodoc-process-signature", readable)
     app.connect("doctree-read", keep_tags)
+    app.connect("html-page-context", clear_console, priority=900)  # after the theme
     app.add_directive("build-facts", BuildFacts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
