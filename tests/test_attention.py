@@ -137,9 +137,9 @@ def test_masked_source_steps_have_no_influence_and_no_gradient(build):
     source.requires_grad_()
     output = model(target, source, MASK)
     assert torch.equal(output, model(target, other, MASK))
-    output.square().sum().backward()
+    (output * randn(*output.shape, seed=8)).sum().backward()  # of a norm the squares are constant
     assert not source.grad[~MASK].any()
-    assert source.grad[MASK].any()
+    assert source.grad[MASK].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("build", [attending, encoder])
