@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dmd import commands, distributed
+from dmd.baselines import METHODS
 from dmd.bench import out_of_memory
 from dmd.config import ModelConfig
 from dmd.data import LOADERS
@@ -76,7 +77,8 @@ def make_parser() -> Parser:
     command.add_argument("--data", **words, required=True)
     command.add_argument("--output", required=True, help="folder for checkpoints and run.json")
     command.add_argument("--preset", default="paper", help=presets)
-    command.add_argument("--model", **pairs, help="options of ModelConfig")
+    methods = f"a method instead of DMD ({', '.join(METHODS)}); options of it, or of ModelConfig"
+    command.add_argument("--model", **{**pairs, "metavar": "NAME | KEY=VALUE"}, help=methods)
     command.add_argument("--loss", **pairs, help="options of LossConfig")
     command.add_argument("--train", **pairs, help="options of TrainConfig")
     command.add_argument("--epochs", type=int, help="the same as --train epochs=...")

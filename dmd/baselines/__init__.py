@@ -1,0 +1,31 @@
+"""The methods that the paper compares DMD with (Tables 1 and 2), built and called like DMD."""
+
+from typing import Any
+
+from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
+from dmd.baselines.ef_lstm import EFLSTM
+from dmd.baselines.lf_lstm import LFLSTM
+from dmd.options import nearest
+
+METHODS: dict[str, type[Baseline]] = {
+    "ef_lstm": EFLSTM,
+    "lf_lstm": LFLSTM,
+}
+NAMES = tuple(METHODS)
+
+__all__ = ["METHODS", "NAMES", "Baseline", "BaselineOutput", "MethodConfig", "build"]
+
+
+def build(
+    name: str, widths: tuple[int, int, int], lengths: tuple[int, int, int], **options: Any
+) -> Baseline:
+    """The method called `name` for features of these widths and at most these lengths (L, V, A).
+
+    options: those of the method, see its class; `METHODS[name].options()` lists their defaults.
+    Raises ValueError for an unknown name or option, naming the nearest, and for lengths that
+    differ where a method needs aligned clips.
+    """
+    if name not in METHODS:
+        raise ValueError(nearest(name, METHODS, "method"))
+    model: Baseline = METHODS[name].build(name, widths, lengths, options)
+    return model
