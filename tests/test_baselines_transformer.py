@@ -1,4 +1,4 @@
-"""What is particular to MulT."""
+"""What is particular to MulT, and to MulT with a GD-Unit."""
 
 import pytest
 import torch
@@ -111,7 +111,79 @@ def test_the_encoders_on_top_are_at_least_three_layers_deep():
     assert len(model("mult", layers=1).crossmodal.layers) == 1
 
 
-@pytest.mark.parametrize("name", ["mult"])
+@pytest.mark.parametrize("name", ["mult", "mult_gd"])
 def test_heads_that_do_not_divide_the_width_are_one_sentence(name):
     with pytest.raises(ValueError, match="heads=7 must divide dim=30"):
         build(name, WIDTHS, UNALIGNED, dim=30, heads=7)
+
+
+# MulT with a GD-Unit
+
+
+def test_the_unit_leaves_the_prediction_to_mult():
+    plain, net, batch = model("mult"), model("mult_gd", distillation=0.0, unimodal=0.0), clips()
+    with torch.no_grad():  # weights that differ from those of any seed
+        for x in plain.parameters():
+            x.mul_(1.1)
+    missing, unexpected = net.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == [] and {key.split(".")[0] for key in missing} == {"unit"}
+    outputs = [x(batch) for x in (plain, net)]
+    assert torch.equal(outputs[0].prediction, outputs[1].prediction)
+    for output in outputs:  # with no weight the unit does not change what is learned either
+        error = (output.prediction - LABEL).abs().mean()
+        (error + sum(output.extra_losses.values())).backward()
+    for key, x in plain.named_parameters():
+        assert_close(net.get_parameter(key).grad, x.grad, msg=key)
+
+
+def test_edges_sum_to_one_and_nobody_teaches_itself():
+    edges = model("mult_gd").graph(clips()).edges
+    assert edges.shape == (4, 3, 3) and (edges >= 0).all()
+    assert_close(edges.sum(dim=(1, 2)), torch.ones(4))
+    assert (edges.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+def test_a_distance_moves_the_student_and_not_the_teacher():
+    net, batch = model("mult_gd"), clips()
+    for i, j in PAIRS:
+        graph = net.graph(batch)
+        (gradient,) = torch.autograd.grad(graph.distances[:, i, j].sum(), graph.features)
+        moved = gradient.abs().sum(dim=(1, 2)) > 0
+        assert [n for n in range(3) if moved[n]] == [j]
+
+
+def test_the_unit_reads_the_states_that_mult_predicts_from():
+    net, batch = model("mult_gd"), clips()
+    graph = net.graph(batch)
+    assert_close(graph.features, net.states(batch))
+    assert graph.features.shape == (3, 4, 60)
+    assert_close(net(batch).prediction, net.predict(graph.features))
+
+
+def test_the_losses_by_hand_and_their_weights():
+    net, batch = model("mult_gd"), clips()
+    with torch.no_grad():
+        net.unit.edge.weight.mul_(20)  # edges that differ
+        graph = net.graph(batch)
+        distil = unimodal = 0.0
+        for b in range(4):
+            for i, j in PAIRS:
+                distil += graph.edges[b, i, j] * (graph.logits[i, b] - graph.logits[j, b]).abs() / 4
+            for m in range(3):
+                unimodal += (graph.logits[m, b] - LABEL[b]).abs() / 4
+        losses = net(batch).extra_losses
+        assert_close(losses, {"distillation": 0.05 * distil, "unimodal": unimodal})
+        net.weights = {"distillation": 2.0, "unimodal": 0.5}
+        losses = net(batch).extra_losses
+        assert_close(losses, {"distillation": 2 * distil, "unimodal": 0.5 * unimodal})
+        without = net(clips(label=None)).extra_losses
+    assert [*without] == ["distillation"]
+
+
+def test_the_regressor_of_the_unit_learns_without_distillation():
+    net, batch = model("mult_gd", distillation=0.0), clips()
+    output = net(batch)
+    sum(output.extra_losses.values()).backward()
+    assert net.unit.regressor.weight.grad.abs().sum() > 0
+    assert net.unit.edge.weight.grad.abs().sum() == 0
+    assert net.crossmodal.norm.weight.grad.abs().sum() > 0  # as a task loss of DMD's heads does

@@ -6,12 +6,14 @@ from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.lf_lstm import LFLSTM
 from dmd.baselines.mult import MulT
+from dmd.baselines.mult_gd import MulTGD
 from dmd.options import nearest
 
 METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
     "mult": MulT,
+    "mult_gd": MulTGD,
 }
 NAMES = tuple(METHODS)
 
