@@ -5,6 +5,7 @@ from typing import Any
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.misa import MISA
 from dmd.baselines.mult import MulT
 from dmd.baselines.mult_gd import MulTGD
 from dmd.options import nearest
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Baseline]] = {
     "lf_lstm": LFLSTM,
     "mult": MulT,
     "mult_gd": MulTGD,
+    "misa": MISA,
 }
 NAMES = tuple(METHODS)
 
