@@ -3,10 +3,14 @@
 import itertools
 
 import pytest
+import test_baselines as every
 import torch
-from test_baselines import clips, model
+from test_baselines import ALIGNED, UNALIGNED, WIDTHS, clips, model
 
+from dmd.baselines import METHODS, build
 from dmd.baselines.base import BatchNorm, UnimodalEmbeddings, mean_over_time
+from dmd.baselines.memory_fusion import MemoryFusion
+from dmd.baselines.mfm import Decoder, mmd
 from dmd.batch import Batch
 
 SIZES = (3, 2, 4)
@@ -16,6 +20,12 @@ tensor_methods = pytest.mark.parametrize("name", ["tfn", "lmf"])
 def vectors(count=5, sizes=SIZES):
     rng = torch.Generator().manual_seed(7)
     return [torch.randn(count, size, generator=rng, dtype=torch.float64) for size in sizes]
+
+
+def hollow(batch):
+    """The features of a batch with "not a number" in the padding."""
+    pairs = zip(batch.features, batch.masks, strict=True)
+    return [x.masked_fill(~mask[:, :, None], torch.nan) for x, mask in pairs]
 
 
 def test_the_outer_product_holds_single_double_and_triple_products():
@@ -116,7 +126,7 @@ def test_means_are_normalised_over_the_batch_and_a_batch_of_one_trains():
     alone = net(x[:1])
     assert torch.equal(net.running_mean, kept)
     torch.testing.assert_close(alone, net.eval()(x[:1]))
-    for name in ("tfn", "lmf"):
+    for name in ("tfn", "lmf", "mfm"):
         batch = clips(name)[1:2]
         output = model(name).train()(batch)
         (output.prediction.sum() + sum(output.extra_losses.values())).backward()
@@ -138,3 +148,166 @@ def test_mean_over_time_of_a_single_step_is_that_step():
     x, mask = torch.randn(2, 4, 3), torch.tensor([[True, False, False, False], [True] * 4])
     found = mean_over_time(x, mask)
     torch.testing.assert_close(found, torch.stack([x[0, 0], x[1].mean(dim=0)]))
+
+
+def test_discrepancy_is_zero_for_equal_samples_and_grows_with_distance():
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 6, generator=rng)
+    assert mmd(x, x) == 0
+    assert mmd(x, x[torch.randperm(40, generator=rng)]) < 1e-6
+    found = [float(mmd(x, x + shift)) for shift in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert found == sorted(found) and found[1] > 0
+    spread = [float(mmd(x, x * scale)) for scale in (1.0, 1.5, 2.0, 4.0)]  # the same mean
+    assert spread == sorted(spread) and spread[1] > 0
+
+
+def test_discrepancy_is_that_of_all_pairs():
+    x, y = vectors(sizes=(3,))[0].float(), vectors(count=4, sizes=(3,))[0].float() + 0.5
+
+    def mean(a, b):
+        pairs = [float((-((p - q) ** 2).sum() / 3).exp()) for p in a for q in b]
+        return sum(pairs) / len(pairs)
+
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert float(mmd(x, y)) == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(mmd(x, y), mmd(y, x))
+
+
+def test_codes_like_normal_noise_cost_less_than_codes_elsewhere():
+    torch.manual_seed(0)
+    noise = torch.randn(200, 4)
+    assert mmd(torch.randn(200, 4), noise) < 0.1 * mmd(torch.randn(200, 4) + 1, noise)
+    assert mmd(torch.randn(200, 4), noise) < 0.1 * mmd(torch.zeros(200, 4), noise)
+
+
+def test_reconstruction_is_a_mean_over_valid_steps_summed_over_modalities():
+    net, batch = model("mfm"), clips("mfm")
+    rebuilt = [torch.randn_like(x) for x in batch.features]
+    expected = 0.0
+    for x, y, valid in zip(rebuilt, batch.features, batch.lengths.T.tolist(), strict=True):
+        errors = torch.cat([(a[:n] - b[:n]).flatten() for a, b, n in zip(x, y, valid, strict=True)])
+        expected += errors.square().mean()
+    torch.testing.assert_close(net.reconstruction(rebuilt, batch), expected)
+    loud = hollow(batch)
+    found = net.reconstruction(rebuilt, Batch(*loud, batch.lengths))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [ALIGNED, UNALIGNED])
+def test_padding_enters_no_loss_and_no_gradient_of_mfm(lengths, monkeypatch):
+    monkeypatch.setattr(METHODS["mfm"], "aligned_only", lengths == ALIGNED)
+    batch, found = clips("mfm"), []
+    loud = hollow(batch)
+    for features in (batch.features, loud):
+        net = model("mfm").train()
+        torch.manual_seed(1)
+        output = net(Batch(*features, batch.lengths))
+        (output.prediction.sum() + sum(output.extra_losses.values())).backward()
+        found.append([*output.extra_losses.values(), *(x.grad for x in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_decoder_is_the_loop_that_feeds_its_state_in_twice():
+    torch.manual_seed(0)
+    net, loop = Decoder(5, 3), torch.nn.LSTMCell(5, 5)
+    with torch.no_grad():
+        net.cells.weight_ih_l0.copy_(loop.weight_ih)
+        net.cells.weight_hh_l0.copy_(loop.weight_ih + loop.weight_hh)
+        net.cells.bias_ih_l0.copy_(loop.bias_ih)
+        net.cells.bias_hh_l0.copy_(loop.bias_hh)
+    x = torch.randn(2, 5)
+    state, expected = loop(x), []
+    for _ in range(4):
+        expected.append(net.output(state[0]))
+        state = loop(state[0], state)
+    torch.testing.assert_close(net(x, 4), torch.stack(expected, dim=1))
+
+
+def test_a_modality_is_rebuilt_from_its_own_factor_and_the_common_one():
+    net, (steps, size) = model("mfm", factor=3), (UNALIGNED, 3)
+    factors = [torch.randn(2, size) for _ in range(4)]
+    before = net.decode(factors, steps)
+    assert [x.shape for x in before] == [(2, n, d) for n, d in zip(steps, WIDTHS, strict=True)]
+    for changed in range(4):
+        moved = [x + (n == changed) for n, x in enumerate(factors)]
+        same = [torch.equal(*x) for x in zip(before, net.decode(moved, steps), strict=True)]
+        assert same == [m != changed and changed != 3 for m in range(3)]
+
+
+@pytest.mark.parametrize("lengths", [ALIGNED, UNALIGNED])
+def test_only_the_common_code_predicts_and_each_code_is_made_from_its_own(lengths, monkeypatch):
+    monkeypatch.setattr(METHODS["mfm"], "aligned_only", lengths == ALIGNED)
+    net, batch = model("mfm").train(), clips("mfm")
+    net(batch).prediction.sum().backward()
+    moved = {key.split(".")[0] for key, x in net.named_parameters() if x.grad is not None}
+    assert moved == {"fusion", "codes", "factors", "head"}
+    assert all(x.grad is None for m in range(3) for x in net.codes[m].parameters())
+    assert all(x.grad is None for m in range(3) for x in net.factors[m].parameters())
+    for changed in range(3):
+        features = [x + (m == changed) for m, x in enumerate(batch.features)]
+        pairs = zip(net.encode(batch), net.encode(Batch(*features, batch.lengths)), strict=True)
+        assert [not torch.equal(*x) for x in pairs] == [m in (changed, 3) for m in range(4)]
+
+
+def test_losses_of_mfm_carry_their_weights_and_exist_in_training_only():
+    batch, found = clips("mfm"), []
+    for weights in ((0.5, 1.0), (1.5, 0.25)):
+        net = model("mfm", reconstruction_weight=weights[0], mmd_weight=weights[1]).train()
+        torch.manual_seed(1)
+        found.append(net(batch).extra_losses)
+    torch.testing.assert_close(found[1]["reconstruction"], 3 * found[0]["reconstruction"])
+    torch.testing.assert_close(found[1]["mmd"], found[0]["mmd"] / 4)
+    state = torch.get_rng_state()
+    assert net.eval()(batch).extra_losses == {}
+    assert torch.equal(torch.get_rng_state(), state)  # no noise drawn
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        every.test_padding_has_no_influence,
+        every.test_every_valid_step_of_every_modality_counts,
+        every.test_clips_do_not_see_each_other_and_their_order_is_theirs,
+        every.test_every_parameter_gets_a_gradient,
+        every.test_a_handful_of_clips_is_learnt_by_heart,
+    ],
+)
+def test_mfm_with_a_memory_does_what_every_method_must(check, monkeypatch):
+    monkeypatch.setattr(METHODS["mfm"], "aligned_only", True)
+    assert isinstance(model("mfm").fusion, MemoryFusion)
+    check("mfm")
+
+
+def test_the_memory_is_for_lengths_that_are_equal():
+    assert not isinstance(model("mfm").fusion, MemoryFusion)
+    assert not isinstance(model("mfm", ALIGNED, encoder="lstm").fusion, MemoryFusion)
+    assert isinstance(model("mfm", ALIGNED).fusion, MemoryFusion)
+    with pytest.raises(ValueError, match=r"needs aligned clips: the lengths are \(5, 8, 7\)"):
+        build("mfm", WIDTHS, UNALIGNED, encoder="memory")
+    features = [torch.randn(2, t, d) for t, d in zip((5, 4, 5), WIDTHS, strict=True)]
+    with pytest.raises(ValueError, match="needs aligned clips, with as many steps"):
+        model("mfm", ALIGNED)(Batch(*features))
+
+
+def test_memory_fusion_is_its_equations_step_by_step():
+    torch.manual_seed(0)
+    net = MemoryFusion(WIDTHS, hidden=3, memory=4, dropout=0.0).double()
+    batch = [torch.randn(2, 5, d, dtype=torch.float64) for d in WIDTHS]
+    found = net(batch, torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
+    for clip, steps in enumerate((5, 3)):
+        state = [(torch.zeros(1, 3).double(), torch.zeros(1, 3).double()) for _ in WIDTHS]
+        memory = torch.zeros(1, 4).double()
+        for t in range(steps):
+            new = [
+                lstm(x[clip : clip + 1, t], old)
+                for lstm, x, old in zip(net.lstms, batch, state, strict=True)
+            ]
+            cells = torch.cat([c for _, c in state] + [c for _, c in new], dim=1)
+            attended = torch.softmax(net.attention(cells), dim=1) * cells
+            seen = torch.cat([attended, memory], dim=1)
+            keep, write = net.keep(seen).sigmoid(), net.write(seen).sigmoid()
+            memory = keep * memory + write * torch.tanh(net.proposal(attended))
+            state = new
+        expected = torch.cat([*(h for h, _ in state), memory], dim=1)
+        torch.testing.assert_close(found[clip : clip + 1], expected)

@@ -6,6 +6,7 @@ from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.lf_lstm import LFLSTM
 from dmd.baselines.lmf import LMF
+from dmd.baselines.mfm import MFM
 from dmd.baselines.tfn import TFN
 from dmd.options import nearest
 
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Baseline]] = {
     "lf_lstm": LFLSTM,
     "tfn": TFN,
     "lmf": LMF,
+    "mfm": MFM,
 }
 NAMES = tuple(METHODS)
 
