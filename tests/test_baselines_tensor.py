@@ -311,3 +311,14 @@ def test_memory_fusion_is_its_equations_step_by_step():
             state = new
         expected = torch.cat([*(h for h, _ in state), memory], dim=1)
         torch.testing.assert_close(found[clip : clip + 1], expected)
+
+
+def test_the_memory_reads_to_the_end_of_the_longest_modality_and_no_further():
+    net = model("mfm", (9, 9, 9)).eval()
+    assert isinstance(net.fusion, MemoryFusion)
+    batch = Batch(*(torch.randn(3, 6, d) for d in WIDTHS), torch.tensor([[4, 6, 2]] * 3))
+    expected = net(batch).prediction
+    longer = [torch.nn.functional.pad(x, (0, 0, 0, 3), value=9.0) for x in batch.features]
+    torch.testing.assert_close(net(Batch(*longer, batch.lengths)).prediction, expected)
+    batch.visual[:, 5] += 1.0
+    assert not torch.isclose(net(batch).prediction, expected).any()
