@@ -5,14 +5,20 @@ from typing import Any
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.lmf import LMF
+from dmd.baselines.mfm import MFM
 from dmd.baselines.misa import MISA
 from dmd.baselines.mult import MulT
 from dmd.baselines.mult_gd import MulTGD
+from dmd.baselines.tfn import TFN
 from dmd.options import nearest
 
 METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
+    "tfn": TFN,
+    "lmf": LMF,
+    "mfm": MFM,
     "mult": MulT,
     "mult_gd": MulTGD,
     "misa": MISA,

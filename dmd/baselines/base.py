@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmd.batch import MODALITIES, Batch, padding_mask
 from dmd.options import convert, nearest
@@ -158,3 +159,52 @@ def mlp(width: int, hidden: int, outputs: int, dropout: float = 0.0) -> nn.Seque
     return nn.Sequential(
         nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
     )
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes its running statistics for a single row, which has no spread.
+
+    The last batch of an epoch may hold one clip.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> the same shape."""
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        kept = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *kept, training=False, eps=self.eps)
+
+
+class UnimodalEmbeddings(nn.Module):
+    """One vector a modality, each from that modality alone, as TFN and LMF begin.
+
+    Language: the last state of an LSTM of `hidden` channels, then a linear map. Visual, acoustic:
+    the mean over time, normalised over the batch, then three layers with ReLU.
+    """
+
+    def __init__(self, widths: Triple, sizes: Triple, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.lstm = LSTM(widths[0], hidden)
+        self.language = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, sizes[0]))
+        self.visual, self.acoustic = (
+            nn.Sequential(
+                BatchNorm(width),
+                nn.Dropout(dropout),
+                *(nn.Linear(width, size), nn.ReLU()),
+                *(nn.Linear(size, size), nn.ReLU()),
+                *(nn.Linear(size, size), nn.ReLU()),
+            )
+            for width, size in zip(widths[1:], sizes[1:], strict=True)
+        )
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """A batch of B clips -> (B, sizes[m]) for language, visual, acoustic."""
+        words, *others = masks(batch)
+        _, last = self.lstm(batch.language, words)
+        visual, acoustic = map(mean_over_time, batch.features[1:], others)
+        return [self.language(last), self.visual(visual), self.acoustic(acoustic)]
+
+
+def with_one(x: Tensor) -> Tensor:
+    """(B, d) -> (B, 1 + d), a constant 1 before the vector: products keep what lacks a factor."""
+    return F.pad(x, (1, 0), value=1.0)
