@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 
-from dmd import bench, checkpoint, distributed, released
+from dmd import bench, checkpoint, distributed, released, studies, tables
 from dmd.baselines import METHODS, Baseline, build
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import LOADERS, Splits, download, load, mmsa, summary
@@ -225,3 +225,40 @@ def bench_step(args: argparse.Namespace) -> None:
         args.scaling,
     )
     print(checkpoint.to_json(result) if args.json else bench.table(result))
+
+
+def study(args: argparse.Namespace) -> None:
+    """`dmd study`: train the cells of one of the paper's tables, and print it."""
+    rows = studies.find("study", args.name, studies.STUDIES)()
+    scale = studies.find("scale", args.scale, studies.SCALES)
+    if args.rows:
+        names = {row.name: row for row in rows}
+        rows = [studies.find("row", name, names) for name in args.rows]
+    if args.data:
+        name, *pairs = args.data
+        kinds = get_type_hints(LOADERS[name]) if name in LOADERS else {}
+        settings = {name: (name, key_values(pairs, kinds))}
+    else:
+        chosen = args.settings or ["synthetic"]
+        settings = {x: studies.find("setting", x, scale.settings) for x in chosen}
+    folder = Path(args.output or Path("runs", "studies", f"{args.name}-{args.scale}"))
+    how = {"jobs": args.jobs, "ray": args.ray}
+    found = []
+    for setting, dataset in settings.items():
+        results = studies.run_setting(rows, setting, dataset, scale, folder, args.seeds, **how)
+        configuration = {
+            "data": {"name": dataset[0], **dataset[1]},
+            "model": dict(scale.model),
+            "train": dict(scale.train),
+            "learning_rates": list(scale.grid),
+            "scale": args.scale,
+        }
+        command = f"python -m dmd study {args.name} --scale {args.scale} --settings {setting}"
+        record = tables.record(args.name, setting, configuration, results, command)
+        checkpoint.write_json(folder / f"{args.name}_{setting}.json", record)
+        found.append(record)
+        if not args.json:
+            print(f"\n{setting}: {len(record['rows'])} rows, {args.seeds} seeds")
+            print(tables.FORMATS[args.format](record))
+    if args.json:
+        print(checkpoint.to_json(found))
