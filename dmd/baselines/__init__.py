@@ -4,12 +4,18 @@ from typing import Any
 
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
+from dmd.baselines.graph_mfn import GraphMFN
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.mctn import MCTN
+from dmd.baselines.raven import RAVEN
 from dmd.options import nearest
 
 METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
+    "raven": RAVEN,
+    "mctn": MCTN,
+    "graph_mfn": GraphMFN,
 }
 NAMES = tuple(METHODS)
 
