@@ -59,14 +59,15 @@ def test_raven_never_shifts_a_word_beyond_its_limit_and_no_further_than_asked(li
 
 
 def test_raven_without_signs_and_biases_reads_the_words_as_they_are():
-    """Silence moves a word by the bias of the shift alone, so without biases by nothing."""
+    """What is learned without input moves a word even then: biases and the opening frame."""
     net, batch = model("raven").eval(), clips("raven")
     still = changed(
         changed(batch, 1, torch.zeros_like(batch.visual)), 2, torch.zeros_like(batch.acoustic)
     )
-    assert net.shifts(still).any()  # the biases speak
+    assert net.shifts(still).any()
     for key, x in net.named_parameters():
-        if "bias" in key and key.split(".")[0] in ("embed", "lstms", "shift"):
+        nonverbal = key.split(".")[0] in ("embed", "lstms", "shift")
+        if key == "start" or ("bias" in key and nonverbal):
             torch.nn.init.zeros_(x)
     assert not net.shifts(still).any()
     _, last = net.words(batch.language, batch.masks[0])
@@ -82,10 +83,11 @@ def test_raven_passes_over_a_word_whose_vector_is_zero():
     assert not net.shifts(batch)[:, 0].any() and net.shifts(batch)[:, 1].any()
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_raven_learns_in_its_nonverbal_branches_too(restart):
+@pytest.mark.parametrize("lengths", [ALIGNED, UNALIGNED])
+def test_raven_learns_in_its_nonverbal_branches_too(lengths):
     """The public code cuts them off: they stay as they were drawn."""
-    net, batch = model("raven", restart=restart, dropout=0.0), clips("raven")
+    net = model("raven", lengths=lengths, dropout=0.0)
+    batch = clips("raven" if lengths == UNALIGNED else "graph_mfn")
     loss_of(net, batch).backward()
     for key, x in net.named_parameters():
         assert x.grad is not None and x.grad.any(), key
@@ -104,10 +106,8 @@ def test_raven_gives_each_word_its_share_of_the_frames():
     assert (last < torch.tensor([7, 2, 5, 4])[:, None]).all()
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_raven_moves_a_word_by_its_own_frames(restart):
-    """And by those before it where the state is carried, never by later ones."""
-    net = model("raven", lengths=ALIGNED, restart=restart).eval()
+def test_raven_moves_a_word_by_its_own_frames():
+    net = model("raven", lengths=ALIGNED).eval()
     features = [torch.randn(2, 5, width) for width in WIDTHS]
     for m in (1, 2):
         x = features[m].clone().requires_grad_()
@@ -117,8 +117,21 @@ def test_raven_moves_a_word_by_its_own_frames(restart):
         for word in range(5):
             (grad,) = torch.autograd.grad(shifts[:, word].sum(), x, retain_graph=True)
             seen = [bool(g) for g in grad.abs().sum(dim=(0, 2))]
-            before = not restart
-            assert seen == [before] * word + [True] + [False] * (4 - word)
+            assert seen == [other == word for other in range(5)]
+
+
+def test_raven_reads_the_frames_of_each_word_as_a_clip_of_its_own():
+    net, batch = model("raven").eval(), clips("raven")
+    words, masks = batch.masks[0], batch.masks
+    for m in (0, 1):
+        x, mask = batch.features[m + 1], masks[m + 1]
+        found = net.frames(m, x, mask, words)
+        first, last = frames_of_words(words.sum(dim=1), mask.sum(dim=1), 5)
+        for clip, word in words.nonzero().tolist():
+            own = x[clip : clip + 1, first[clip, word] : last[clip, word] + 1]
+            start = net.start[m].expand(1, 1, -1)
+            _, state = net.lstms[m].cells(torch.cat([start, net.embed[m](own)], dim=1))
+            torch.testing.assert_close(found[clip, word], state[0][0, 0])
 
 
 def test_raven_weighs_each_modality_by_its_own_gate():

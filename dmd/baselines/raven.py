@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmd.baselines.base import LSTM, Baseline, BaselineOutput, Triple, masks
 from dmd.batch import Batch
@@ -28,17 +29,17 @@ class RAVEN(Baseline):
     2019): an LSTM reads words that the frames of face and voice have shifted.
 
     hidden: state of the LSTM over the words. cell: state of the two over the frames. limit: beta,
-    the longest that a shift may be, as a share of the length of its word's vector. restart: start
-    the LSTMs over the frames anew at each word. dropout: on the frames and on the shifted words.
-    Faithful: an LSTM over the frames of a word for each non-verbal modality; a gate for each, one
-    number a word, from its state and the word; the shift h, linear in the gated states; the word
-    e + min(1, beta |e| / |h|) h; the last state of an LSTM over these.
+    the longest that a shift may be, as a share of the length of its word's vector. dropout: on the
+    frames and on the shifted words.
+    Faithful: for each non-verbal modality an LSTM that starts anew at each word and reads its
+    frames; a gate for each, one number a word, from its state and the word; the shift h, linear in
+    the gated states; the word e + min(1, beta |e| / |h|) h; the last state of an LSTM over these.
     Adapted: the gate passes a sigmoid, which the public code leaves out; the public code also cuts
     the gradient before the frames' LSTMs and again after the shift, so that only the last LSTM
-    learns: here all of it does. The words are the language features, without an embedding to
-    train. Where frames are not assigned to words (unaligned clips), each word gets an equal share
-    of them. The LSTMs over the frames carry their state from word to word; `restart` is the
-    paper's way, but aligned clips have one frame a word, which leaves nothing to recur.
+    learns: here all of it does. A learned frame opens each word, since aligned clips have one frame
+    a word, which alone would leave the LSTM nothing to recur. Where frames are not assigned to
+    words (unaligned clips), each word gets an equal share of them. The words are the language
+    features, without an embedding to train. No normalisation of the acoustic features.
     """
 
     def __init__(
@@ -48,16 +49,16 @@ class RAVEN(Baseline):
         hidden: int = 64,
         cell: int = 32,
         limit: float = 0.2,
-        restart: bool = False,
         dropout: float = 0.2,
     ) -> None:
         super().__init__(widths, lengths)
         if limit <= 0:
             raise ValueError(f"limit must be above 0, not {limit}")
-        self.limit, self.restart = limit, restart
+        self.limit = limit
         language, *nonverbal = widths
         self.dropout = nn.Dropout(dropout)
         self.embed = nn.ModuleList(nn.Linear(width, cell) for width in nonverbal)
+        self.start = nn.Parameter(torch.randn(len(nonverbal), cell))
         self.lstms = nn.ModuleList(LSTM(cell, cell) for _ in nonverbal)
         self.gates = nn.ModuleList(nn.Linear(cell + language, 1) for _ in nonverbal)
         self.shift = nn.Linear(2 * cell, language)
@@ -71,14 +72,14 @@ class RAVEN(Baseline):
         """
         x = self.embed[m](self.dropout(x))  # (B, T_m, cell)
         first, last = frames_of_words(words.sum(dim=1), mask.sum(dim=1), words.shape[1])
-        clip = torch.arange(len(x), device=x.device)[:, None]
-        if not self.restart:
-            return self.lstms[m](x, mask)[0][clip, last]
         count = last - first + 1  # (B, T_L)
         offset = torch.arange(int(count.max()), device=x.device)
         index = torch.minimum(first[:, :, None] + offset, last[:, :, None])
-        x = x[clip[:, :, None], index]  # (B, T_L, frames a word, cell)
-        _, state = self.lstms[m](x.flatten(0, 1), (offset < count[:, :, None]).flatten(0, 1))
+        x = x[torch.arange(len(x), device=x.device)[:, None, None], index]
+        start = self.start[m].expand(*words.shape, 1, -1)
+        x = torch.cat([start, x], dim=2)  # (B, T_L, 1 + frames a word, cell)
+        valid = F.pad(offset < count[:, :, None], (1, 0), value=True)
+        _, state = self.lstms[m](x.flatten(0, 1), valid.flatten(0, 1))
         return state.unflatten(0, words.shape)
 
     def shifts(self, batch: Batch) -> Tensor:
