@@ -30,10 +30,11 @@ class GraphMFN(Baseline):
     a network from the three single vertices to all 19 efficacies; a vertex fed by all seven; a
     memory with gates for keeping and for writing; last states and memory give the score. It takes
     aligned clips only.
-    Adapted: vertices are made of the LSTMs' outputs, as in public code, not of their cells. The
-    networks have a nonlinearity and efficacies pass a sigmoid, which that code leaves out. It also
-    keeps the networks of the groups in a plain dict, where the optimiser does not find their
-    208,656 parameters: here they are trained. The memory stops at a clip's last valid step.
+    Adapted: vertices are made of the LSTMs' outputs, as in public code. The networks have a
+    nonlinearity and efficacies pass a sigmoid, which that code leaves out. It also keeps the
+    networks of the groups in a plain dict, where the optimiser does not find them (208,656
+    parameters at its settings): here they are trained. The memory stops at a clip's last valid
+    step.
     """
 
     aligned_only = True

@@ -35,11 +35,11 @@ class RAVEN(Baseline):
     frames; a gate for each, one number a word, from its state and the word; the shift h, linear in
     the gated states; the word e + min(1, beta |e| / |h|) h; the last state of an LSTM over these.
     Adapted: the gate passes a sigmoid, which the public code leaves out; the public code also cuts
-    the gradient before the frames' LSTMs and again after the shift, so that only the last LSTM
-    learns: here all of it does. A learned frame opens each word, since aligned clips have one frame
-    a word, which alone would leave the LSTM nothing to recur. Where frames are not assigned to
-    words (unaligned clips), each word gets an equal share of them. The words are the language
-    features, without an embedding to train. No normalisation of the acoustic features.
+    the gradient before the frames' LSTMs and again after the shift, so that only the LSTM over the
+    words and its head learn: here all of it does. A learned frame opens each word, since aligned
+    clips have one frame a word, which alone would leave the LSTM nothing to recur. Where frames are
+    not assigned to words (unaligned clips), each word gets an equal share of them. The words are
+    the language features, without an embedding to train. No normalisation of the acoustic features.
     """
 
     def __init__(
