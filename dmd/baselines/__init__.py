@@ -4,12 +4,15 @@ from typing import Any
 
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
+from dmd.baselines.graph_mfn import GraphMFN
 from dmd.baselines.lf_lstm import LFLSTM
 from dmd.baselines.lmf import LMF
+from dmd.baselines.mctn import MCTN
 from dmd.baselines.mfm import MFM
 from dmd.baselines.misa import MISA
 from dmd.baselines.mult import MulT
 from dmd.baselines.mult_gd import MulTGD
+from dmd.baselines.raven import RAVEN
 from dmd.baselines.tfn import TFN
 from dmd.options import nearest
 
@@ -19,8 +22,11 @@ METHODS: dict[str, type[Baseline]] = {
     "tfn": TFN,
     "lmf": LMF,
     "mfm": MFM,
+    "raven": RAVEN,
+    "mctn": MCTN,
     "mult": MulT,
     "mult_gd": MulTGD,
+    "graph_mfn": GraphMFN,
     "misa": MISA,
 }
 NAMES = tuple(METHODS)
