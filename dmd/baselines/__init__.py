@@ -5,11 +5,13 @@ from typing import Any
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.pmr import PMR
 from dmd.options import nearest
 
 METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
+    "pmr": PMR,
 }
 NAMES = tuple(METHODS)
 
