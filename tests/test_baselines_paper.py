@@ -1,11 +1,14 @@
 """Properties of the methods that are built after their papers: PMR, MICA and FDMER."""
 
+import copy
+
 import pytest
 import torch
 from test_baselines import clips, model
 from torch import nn
 
 from dmd import Batch
+from dmd.baselines.fdmer import dependence, reverse_gradient
 
 ALL, OTHERS = (0, 1, 2), [(m, p) for m in range(3) for p in range(3) if m != p]
 
@@ -89,3 +92,133 @@ def test_a_padded_step_of_the_message_is_seen_by_nobody():
     unit = net.layers[0].to_modality[0]
     assert torch.equal(unit(features, message, valid), unit(features, loud, valid))
     assert not torch.allclose(unit(features, message, ~valid), unit(features, message, valid))
+
+
+# FDMER
+
+
+def adversarial_gradients(reversal):
+    """Gradients of the adversarial loss alone, with the same weights for each `reversal`."""
+    net = model("fdmer", reversal=reversal).eval()  # no dropout
+    net(clips("fdmer")).extra_losses["adversarial"].backward()
+    return {key: x.grad for key, x in net.named_parameters() if x.grad is not None}
+
+
+def test_reversal_keeps_the_value_and_turns_the_gradient():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = reverse_gradient(x, 2.0)
+    torch.testing.assert_close(y, x)
+    (gradient,) = torch.autograd.grad((y * torch.arange(3.0)).sum(), x)
+    torch.testing.assert_close(gradient, -2.0 * torch.arange(3.0).expand(4, 3))
+
+
+def test_the_reversed_gradient_reaches_the_common_encoder_and_nobody_else():
+    plain, turned, double = (adversarial_gradients(strength) for strength in (-1.0, 1.0, 2.0))
+    signs = {"common_encoder": -1, "discriminator": 1, "private_encoders": 1}
+    assert not plain.keys() & {"head.0.weight", "score.0.weight"}
+    for part, sign in signs.items():
+        keys = [key for key in plain if key.startswith(part)]
+        assert keys
+        for key in keys:
+            assert plain[key].any()
+            torch.testing.assert_close(turned[key], sign * plain[key])
+            factor = 2 if part == "common_encoder" else 1
+            torch.testing.assert_close(double[key], factor * turned[key])
+
+
+@pytest.mark.parametrize(
+    ("part", "helps"), [("discriminator", 1), ("private_encoders", 1), ("common_encoder", -1)]
+)
+def test_a_step_of_the_optimiser_helps_or_misleads_the_discriminator(part, helps):
+    net, batch = model("fdmer").eval(), clips("fdmer")
+    before = net(batch).extra_losses["adversarial"]
+    before.backward()
+    with torch.no_grad():
+        for x in getattr(net, part).parameters():
+            x -= x.grad
+    after = net(batch).extra_losses["adversarial"]
+    assert helps * (before - after) > 1e-6
+
+
+def test_the_discriminator_is_asked_for_the_right_names():
+    net = model("fdmer", dim=4, heads=2)
+    net.discriminator = nn.Linear(4, 3, bias=False)
+    net.discriminator.weight = nn.Parameter(20 * torch.eye(3, 4))
+    told = torch.eye(3, 4)[:, None].expand(3, 5, 4)  # modality m shows channel m
+    assert net.discrimination(told, told) < 1e-6
+    for wrong in (told.roll(1, dims=0), told[[0, 2, 1]]):
+        assert net.discrimination(wrong, told) > 1
+        assert net.discrimination(told, wrong) > 1
+
+
+def test_dependence_is_zero_for_a_constant_and_sees_what_is_not_linear():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 400, 3, generator=rng)
+    constant = torch.ones(400, 3)
+    assert dependence(x, constant) == pytest.approx(0, abs=1e-6)
+    # Uncorrelated with x, whose sign it does not know, and yet a function of it.
+    function = torch.stack([x[:, 0] ** 2, x[:, 1] ** 2, constant[:, 0]], dim=1)
+    assert dependence(x, function) > 2 * dependence(x, y)
+    torch.testing.assert_close(dependence(x, function), dependence(function, x))
+    order = torch.randperm(400, generator=rng)
+    torch.testing.assert_close(dependence(x[order], x[order]), dependence(x, x))
+    assert dependence(x[order], x) < dependence(x, x) / 10  # clip for clip
+    assert dependence(x[:1], y[:1]) == 0  # the last batch may hold one clip
+
+
+def test_disparity_is_between_private_and_common_and_between_private_vectors(monkeypatch):
+    net, batch = model("fdmer").eval(), clips("fdmer")
+    rng = torch.Generator().manual_seed(0)
+    common, private = torch.randn(2, 3, 6, 40, generator=rng)
+
+    def losses(common, private):
+        monkeypatch.setattr(net, "split", lambda vectors: (common, private))
+        return net(batch).extra_losses
+
+    everywhere = common[:1].expand(3, -1, -1)
+    assert losses(everywhere, private)["consistency"] == pytest.approx(0, abs=1e-6)
+    assert losses(common, private)["consistency"] > 0.05  # 0.1 for vectors at right angles
+    assert losses(3 * common, private)["consistency"] == pytest.approx(
+        losses(common, private)["consistency"].item()
+    )
+    flat = torch.ones(3, 6, 40)
+    assert losses(common, flat)["disparity"] == pytest.approx(0, abs=1e-6)
+    one = flat.clone()
+    one[1] = private[1]  # depends on its own common vector, and on nothing else
+    assert losses(private, one)["disparity"] > 1e-4
+    two = one.clone()
+    two[2] = private[1]  # two private vectors that say the same
+    assert losses(flat, one)["disparity"] == pytest.approx(0, abs=1e-6)
+    assert losses(flat, two)["disparity"] > 1e-4
+
+
+def test_each_of_the_six_vectors_counts_and_the_weights_depend_on_the_clip():
+    net = model("fdmer").eval()
+    rng = torch.Generator().manual_seed(0)
+    vectors = torch.randn(6, 5, 40, generator=rng)
+    fused, weights = net.fuse(*vectors.split(3))
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(5))
+    assert weights.std(dim=0).min() > 0
+    for k in range(6):
+        other = vectors.clone()
+        other[k] += torch.randn(40, generator=rng)
+        assert ((net.fuse(*other.split(3))[0] - fused).abs().amax(dim=1) > 1e-3).all()
+
+
+def test_an_adversary_hides_the_modality_from_common_vectors():
+    """Told apart in one pass by one optimiser: hidden with the reversal, plain without it."""
+    start, batch = model("fdmer"), clips("fdmer", count=12)
+    found = {}
+    for reversal in (1.0, -1.0):
+        net = copy.deepcopy(start).eval()
+        net.reversal = reversal
+        optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
+        for _ in range(60):
+            optimiser.zero_grad()
+            net(batch).extra_losses["adversarial"].backward()
+            optimiser.step()
+        common, private = net.split(net.vectors(batch))
+        guesses = [net.discriminator(x).softmax(dim=2) for x in (common, private)]
+        found[reversal] = [torch.stack([x[m, :, m] for m in ALL]).mean().item() for x in guesses]
+    assert found[-1.0][0] > 0.8 and found[1.0][0] < 0.5
+    assert min(found[1.0][1], found[-1.0][1]) > 0.8  # private vectors tell it in either case

@@ -4,6 +4,7 @@ from typing import Any
 
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
+from dmd.baselines.fdmer import FDMER
 from dmd.baselines.lf_lstm import LFLSTM
 from dmd.baselines.pmr import PMR
 from dmd.options import nearest
@@ -12,6 +13,7 @@ METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
     "pmr": PMR,
+    "fdmer": FDMER,
 }
 NAMES = tuple(METHODS)
 
