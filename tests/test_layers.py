@@ -11,7 +11,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 # In the order in which data flows.
 ROOMS = [
     "options", "config", "batch", "data", "kernels", "attention", "decoupling", "graph", "fusion",
-    "model", "baselines", "device", "distributed", "losses", "metrics", "probes", "optimisation",
+    "model", "device", "distributed", "losses", "baselines", "metrics", "probes", "optimisation",
     "checkpoint", "history", "fast", "trainer", "published_keys", "released", "differences",
     "studies", "flops", "plain", "steps", "bench", "commands", "cli", "viz",
 ]  # fmt: skip

@@ -6,12 +6,18 @@ from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.fdmer import FDMER
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.misa import MISA
+from dmd.baselines.mult import MulT
+from dmd.baselines.mult_gd import MulTGD
 from dmd.baselines.pmr import PMR
 from dmd.options import nearest
 
 METHODS: dict[str, type[Baseline]] = {
     "ef_lstm": EFLSTM,
     "lf_lstm": LFLSTM,
+    "mult": MulT,
+    "mult_gd": MulTGD,
+    "misa": MISA,
     "pmr": PMR,
     "fdmer": FDMER,
 }

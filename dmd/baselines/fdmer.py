@@ -10,6 +10,7 @@ from dmd.attention import CrossmodalEncoder, EncoderLayer, LayerNorm, side_by_si
 from dmd.baselines.base import Baseline, BaselineOutput, Triple, masks, mean_over_time, mlp
 from dmd.batch import MODALITIES, Batch
 from dmd.decoupling import ShallowEncoder
+from dmd.losses import cosine, normalise
 
 PAIRS = [*combinations(range(len(MODALITIES)), 2)]
 
@@ -26,7 +27,7 @@ def dependence(x: Tensor, y: Tensor) -> Tensor:
     scaled to length one: the covariance of the similarities between clips, zero where one of the
     two is the same for all clips.
     """
-    similar = [(F.normalize(z, dim=1) @ F.normalize(z, dim=1).T - 1).exp() for z in (x, y)]
+    similar = [(z @ z.T - 1).exp() for z in map(normalise, (x, y))]
     centred = similar[0] - similar[0].mean(dim=0)
     centred = centred - centred.mean(dim=1, keepdim=True)
     # Not less than zero but for rounding, as both kernels are positive.
@@ -126,7 +127,7 @@ class FDMER(Baseline):
         """A batch of B clips -> predictions (B,) and the three weighted losses."""
         self.check(batch)
         common, private = self.split(self.vectors(batch))
-        cosines = [F.cosine_similarity(common[i], common[j], dim=1) for i, j in PAIRS]
+        cosines = [cosine(common[i], common[j]) for i, j in PAIRS]
         apart = [dependence(c, p) for c, p in zip(common, private, strict=True)]
         apart += [dependence(private[i], private[j]) for i, j in PAIRS]
         losses = {
