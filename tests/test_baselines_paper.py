@@ -9,6 +9,7 @@ from torch import nn
 
 from dmd import Batch
 from dmd.baselines.fdmer import dependence, reverse_gradient
+from dmd.baselines.mica import correlated, marginal
 
 ALL, OTHERS = (0, 1, 2), [(m, p) for m in range(3) for p in range(3) if m != p]
 
@@ -222,3 +223,114 @@ def test_an_adversary_hides_the_modality_from_common_vectors():
         found[reversal] = [torch.stack([x[m, :, m] for m in ALL]).mean().item() for x in guesses]
     assert found[-1.0][0] > 0.8 and found[1.0][0] < 0.5
     assert min(found[1.0][1], found[-1.0][1]) > 0.8  # private vectors tell it in either case
+
+
+# MICA
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_marginal_loss_is_zero_for_equal_distributions_whatever_the_order():
+    query, valid = vectors(2, 4, 6, 5), torch.ones(2, 4, 6, dtype=torch.bool)
+    assert marginal(query, query, valid, valid).max() < 1e-10
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    key = query.flatten(1, 2)[:, order].unflatten(1, (4, 6))  # other clips, other times
+    assert marginal(query, key, valid, valid).max() < 1e-10
+    twice = torch.cat([query, key], dim=2)  # as distributions equal, but not as many
+    long = torch.ones(2, 4, 12, dtype=torch.bool)
+    assert marginal(query, twice, valid, long).max() < 1e-10
+
+
+def test_the_marginal_loss_sees_the_mean_and_the_spread_but_not_the_scale():
+    query, valid = vectors(1, 400, 6, 5), torch.ones(1, 400, 6, dtype=torch.bool)
+    other = vectors(1, 400, 6, 5, seed=1)
+    chance = marginal(query, other, valid, valid)
+    assert marginal(query, other + 0.5 * torch.eye(5)[0], valid, valid) > 10 * chance
+    assert marginal(query, other * torch.tensor([3.0, 1, 1, 1, 1]), valid, valid) > 3 * chance
+    torch.testing.assert_close(marginal(query, 9 * other, valid, valid), chance)
+    # Encoder for encoder: the second pair is not compared with the first.
+    both = torch.cat([query, query + 1]), torch.cat([query, query - 1])
+    found = marginal(*both, valid.expand(2, -1, -1), valid.expand(2, -1, -1))
+    assert found[0] < 1e-10 < found[1]
+
+
+def test_padded_steps_belong_to_no_distribution():
+    query, key, valid = vectors(1, 3, 6, 5), vectors(1, 3, 6, 5, seed=1), torch.ones(1, 3, 6) > 0
+    expected = marginal(query[:, :, :4], key, valid[:, :, :4], valid)
+    valid_query = valid.clone()
+    valid_query[:, :, 4:] = False
+    torch.testing.assert_close(marginal(query, key, valid_query, valid), expected)
+    torch.testing.assert_close(marginal(key, query, valid, valid_query), expected)
+
+
+def test_chosen_pairs_are_drawn_together_and_no_others():
+    query, key = vectors(2, 3, 4, 5).requires_grad_(), vectors(2, 3, 6, 5, seed=1)
+    chosen = torch.zeros(2, 3, 4, 6, dtype=torch.bool)
+    assert torch.equal(correlated(query, key, chosen), torch.zeros(2))
+    chosen[0, 1, 2, 5] = True
+    found = correlated(query, key, chosen)
+    expected = 1 - torch.cosine_similarity(query[0, 1, 2], key[0, 1, 5], dim=0)
+    torch.testing.assert_close(found, torch.stack([expected, torch.zeros(())]))
+    (gradient,) = torch.autograd.grad(found.sum(), query)
+    assert gradient[0, 1, 2].any()
+    gradient[0, 1, 2] = 0
+    assert not gradient.any()
+    assert correlated(key, 3 * key, torch.eye(6).expand(2, 3, 6, 6) > 0).max() < 1e-6
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 8, 7)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_the_same_weights_mica_predicts_what_mult_predicts(lengths, causal):
+    mica = model("mica", lengths=lengths, causal=causal).eval()
+    mult = model("mult", lengths=lengths, causal=causal).eval()
+    mult.load_state_dict(mica.state_dict())
+    batch = clips("mica")
+    features = [x[:, :n] for x, n in zip(batch.features, lengths, strict=True)]
+    batch = Batch(*features, batch.lengths.minimum(torch.tensor(lengths)))
+    torch.testing.assert_close(mica(batch).prediction, mult(batch).prediction)
+
+
+def test_alignment_uses_the_queries_and_keys_of_the_attention():
+    """Equal ones give no loss: the same features on both sides, one map for query and key."""
+    net = model("mica").eval()
+    layer = net.crossmodal.layers[0]
+    x, valid = vectors(6, 4, 7, 30), torch.ones(6, 4, 7, dtype=torch.bool)
+    arguments = layer, x, x, valid[:, :, None, None, :], (valid, valid)
+    assert net.alignment(*arguments)[0].min() > 1e-3
+    with torch.no_grad():
+        layer.attention.key_value.weight[:, :, :30] = layer.attention.query.weight
+        layer.attention.key_value.bias[:, :, :30] = layer.attention.query.bias
+    assert net.alignment(*arguments)[0].max() < 1e-10
+
+
+def test_confident_pairs_are_those_that_attend_most_and_lie_closest():
+    net, batch = model("mica", correlated=1.0).eval(), clips("mica")
+    found = []
+    for net.confidence in (0.0, 1.2, 100.0):
+        found.append(net(batch).extra_losses["correlated"].item())
+    assert found[0] > found[1] > found[2] == 0
+    # Without a preference every pair has just the weight of all others, however many there are.
+    for layer in net.crossmodal.layers:
+        nn.init.zeros_(layer.attention.query.weight)
+        nn.init.zeros_(layer.attention.query.bias)
+    for net.confidence, some in ((0.99, True), (1.01, False)):
+        assert (net(batch).extra_losses["correlated"] > 0) == some
+
+
+def test_the_losses_do_not_see_padding():
+    net, batch = model("mica").eval(), clips("mica")
+    expected = net(batch).extra_losses
+    loud = [x.clone() for x in batch.features]
+    for x, valid in zip(loud, batch.lengths.T, strict=True):
+        x[torch.arange(x.shape[1]) >= valid[:, None]] = 1e3
+    found = net(Batch(*loud, batch.lengths)).extra_losses
+    rest = batch[1:]
+    longest = rest.lengths.amax(dim=0)
+    trimmed = [x[:, :n] for x, n in zip(rest.features, longest, strict=True)]
+    for name in ("marginal", "correlated"):
+        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(
+            net(Batch(*trimmed, rest.lengths)).extra_losses[name], net(rest).extra_losses[name]
+        )

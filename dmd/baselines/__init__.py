@@ -6,6 +6,7 @@ from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
 from dmd.baselines.fdmer import FDMER
 from dmd.baselines.lf_lstm import LFLSTM
+from dmd.baselines.mica import MICA
 from dmd.baselines.misa import MISA
 from dmd.baselines.mult import MulT
 from dmd.baselines.mult_gd import MulTGD
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Baseline]] = {
     "mult_gd": MulTGD,
     "misa": MISA,
     "pmr": PMR,
+    "mica": MICA,
     "fdmer": FDMER,
 }
 NAMES = tuple(METHODS)
