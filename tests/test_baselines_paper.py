@@ -32,6 +32,10 @@ def message_parts(message, batch):
     return message.split([x.shape[1] for x in batch.features], dim=1)
 
 
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 # PMR
 
 
@@ -167,6 +171,17 @@ def test_dependence_is_zero_for_a_constant_and_sees_what_is_not_linear():
     assert dependence(x[:1], y[:1]) == 0  # the last batch may hold one clip
 
 
+def test_dependence_is_the_trace_of_centred_kernels():
+    x, y = vectors(5, 3), vectors(5, 2, seed=1)
+    kernels = []
+    for z in (x, y):
+        unit = z / z.norm(dim=1, keepdim=True)
+        kernels.append((-(unit[:, None] - unit).square().sum(dim=2) / 2).exp())
+    centre = torch.eye(5) - 1 / 5
+    expected = torch.trace(kernels[0] @ centre @ kernels[1] @ centre) / 25
+    torch.testing.assert_close(dependence(x, y), expected)
+
+
 def test_disparity_is_between_private_and_common_and_between_private_vectors(monkeypatch):
     net, batch = model("fdmer").eval(), clips("fdmer")
     rng = torch.Generator().manual_seed(0)
@@ -226,10 +241,6 @@ def test_an_adversary_hides_the_modality_from_common_vectors():
 
 
 # MICA
-
-
-def vectors(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_marginal_loss_is_zero_for_equal_distributions_whatever_the_order():
