@@ -49,8 +49,9 @@ class FDMER(Baseline):
     that a clip's common vectors agree. disparity: weight of the loss that private vectors are
     independent of the common vector of their modality and of each other. adversarial: weight of
     the discriminator's cross-entropy. reversal: strength of the reversed gradient.
-    Faithful: the two kinds of encoders, a modality discriminator that guides both adversarially,
-    losses for consistency and disparity, attention between modalities with learned weights.
+    Faithful, to the paper's summary: the two kinds of encoders, a modality discriminator that
+    guides both adversarially, losses for consistency and disparity, attention between modalities
+    with learned weights.
     Inferred: no official code exists. Gradient reversal is how the adversary is trained.
     Consistency is one minus the cosine, averaged over the pairs; disparity is the Hilbert-Schmidt
     independence criterion, averaged over six pairs; the default weights. A modality is read by a

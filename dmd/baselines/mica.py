@@ -54,8 +54,9 @@ class MICA(MulT):
     in MulT. marginal: weight of the first loss. correlated: weight of the second. confidence: a
     pair is confident if it has more than so many times the weight it would have if all keys that
     the query sees had the same.
-    Faithful: the crossmodal transformer underneath, alignment of the marginal distributions of
-    queries and keys, and of their elements with high-confidence correlations.
+    Faithful, to the paper's summary: the crossmodal transformer underneath, alignment of the
+    marginal distributions of queries and keys, and of their elements with high-confidence
+    correlations.
     Inferred: no official code exists. Distributions are compared by mean and covariance of the
     vectors at length one, over all valid steps of a batch: the loss is zero for equal distributions
     and blind to what differs in higher moments only. Confidence is the attention weight, averaged

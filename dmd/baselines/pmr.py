@@ -69,14 +69,15 @@ class PMR(Baseline):
     top_layers: of the self-attention over message and modalities. kernels: steps under the
     convolutions (L, V, A). embedding_dropout: on the embedded sequences. attention_dropout: on the
     attention weights. output_dropout: in the network that reads the result.
-    Faithful: the hub and its first message, the exchange in both directions with all modalities,
-    the message formed from the features just reinforced, repetition in layers without shared
-    weights, a prediction from reinforced message and modalities.
-    Inferred: no official code exists. The filter of a unit is a sigmoid gate per channel, on target
-    and reinforced target, that mixes the two. The three proposals for a new message are mixed by a
-    softmax over the modalities, step by step. Position codes are added once, before the first
-    layer. Self-attention reads the joined sequence, and the mean over time of each of its four
-    parts, side by side, goes to a residual network: in this way long sequences do not count more.
+    Faithful, to the paper's summary: the hub, the exchange in both directions with all modalities
+    through crossmodal attention, a new message made of the features just reinforced, repetition, a
+    prediction from the reinforced features.
+    Inferred: no official code exists. The first message is the joined steps, and no two units share
+    weights. The filter of a unit is a sigmoid gate per channel, on target and reinforced target,
+    that mixes the two. The three proposals for a new message are mixed by a softmax over the
+    modalities, step by step. Position codes are added once, before the first layer. Self-attention
+    reads the joined message and modalities, and the mean over time of each of these four parts,
+    side by side, goes to a residual network: in this way long sequences do not count more.
     """
 
     def __init__(
