@@ -4,14 +4,17 @@ from typing import Any
 
 from dmd.baselines.base import Baseline, BaselineOutput, MethodConfig
 from dmd.baselines.ef_lstm import EFLSTM
+from dmd.baselines.fdmer import FDMER
 from dmd.baselines.graph_mfn import GraphMFN
 from dmd.baselines.lf_lstm import LFLSTM
 from dmd.baselines.lmf import LMF
 from dmd.baselines.mctn import MCTN
 from dmd.baselines.mfm import MFM
+from dmd.baselines.mica import MICA
 from dmd.baselines.misa import MISA
 from dmd.baselines.mult import MulT
 from dmd.baselines.mult_gd import MulTGD
+from dmd.baselines.pmr import PMR
 from dmd.baselines.raven import RAVEN
 from dmd.baselines.tfn import TFN
 from dmd.options import nearest
@@ -28,6 +31,9 @@ METHODS: dict[str, type[Baseline]] = {
     "mult_gd": MulTGD,
     "graph_mfn": GraphMFN,
     "misa": MISA,
+    "pmr": PMR,
+    "mica": MICA,
+    "fdmer": FDMER,
 }
 NAMES = tuple(METHODS)
 

@@ -73,17 +73,20 @@ class MulT(Baseline):
         found = side_by_side(self.crossmodal, shallow, TARGETS, SOURCES, valid)
         return dict(zip(PAIRS, found, strict=True))
 
-    def states(self, batch: Batch) -> Tensor:
-        """A batch of B clips -> the reinforced modalities at their last steps, (3, B, 2d)."""
-        self.check(batch)
-        valid = masks(batch)
-        answers = self.answers(batch.features, valid)
+    def reinforce(self, answers: dict[tuple[int, int], Tensor], valid: Sequence[Tensor]) -> Tensor:
+        """The answers to each (source, target), masks (B, T_m) -> last steps (3, B, 2d)."""
         joined = [  # (B, T_m, 2d) a target
             torch.cat([answers[pair] for pair in PAIRS if pair[1] == target], dim=2)
             for target in range(len(MODALITIES))
         ]
         reinforced = side_by_side(self.memory, joined, range(len(MODALITIES)), None, valid)
         return torch.stack([last_valid(x, mask) for x, mask in zip(reinforced, valid, strict=True)])
+
+    def states(self, batch: Batch) -> Tensor:
+        """A batch of B clips -> the reinforced modalities at their last steps, (3, B, 2d)."""
+        self.check(batch)
+        valid = masks(batch)
+        return self.reinforce(self.answers(batch.features, valid), valid)
 
     def predict(self, states: Tensor) -> Tensor:
         """States (3, B, 2d) -> predictions (B,)."""
