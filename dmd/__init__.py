@@ -1,6 +1,6 @@
 """DMD: decoupled multimodal distilling for emotion recognition (Li, Wang and Cui, CVPR 2023)."""
 
-from dmd import data, losses, released
+from dmd import baselines, data, losses, released
 from dmd.batch import MODALITIES, Batch, PerModality
 from dmd.checkpoint import load_model
 from dmd.config import LossConfig, ModelConfig, TrainConfig
@@ -25,6 +25,7 @@ __all__ = [
     "PerModality",
     "TrainConfig",
     "Trainer",
+    "baselines",
     "data",
     "evaluate",
     "load_model",

@@ -26,6 +26,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dmd.baselines import Baseline, build
 from dmd.config import ModelConfig
 from dmd.model import DMD
 
@@ -109,7 +110,14 @@ def put(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": x for name, x in tensors.items()}
 
 
-def load_model(path: str | Path) -> tuple[DMD, dict[str, Any]]:
+def build_model(config: Mapping[str, Any]) -> DMD | Baseline:
+    """DMD, or another method, with new weights: the inverse of `model.config.to_dict()`."""
+    if "method" not in config:
+        return DMD(ModelConfig.from_dict(config))
+    return build(config["method"], config["widths"], config["lengths"], **config["options"])
+
+
+def load_model(path: str | Path) -> tuple[DMD | Baseline, dict[str, Any]]:
     """The model of a checkpoint, in evaluation mode, and the checkpoint's meta data.
 
     path: a checkpoint file, or the output folder of a training run (its best epoch).
@@ -120,7 +128,7 @@ def load_model(path: str | Path) -> tuple[DMD, dict[str, Any]]:
         path = path / "best.safetensors"
     tensors, meta = load(path)
     try:
-        model = DMD(ModelConfig.from_dict(meta.get("model_config", {})))
+        model = build_model(meta.get("model_config", {}))
     except ValueError as error:
         raise ValueError(f"{path} holds no model that this version can build: {error}") from error
     try:

@@ -1,4 +1,4 @@
-"""The command line: `python -m dmd train | evaluate | predict | data | released | bench`.
+"""The command line: `python -m dmd train | evaluate | predict | data | released | study | bench`.
 
 Bad input ends with one sentence on standard error and exit code 2; training that stops by itself
 (a loss that is not finite) with 1, Ctrl-C with 130.
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dmd import commands, distributed
+from dmd.baselines import METHODS
 from dmd.bench import out_of_memory
 from dmd.config import ModelConfig
 from dmd.data import LOADERS
 from dmd.options import nearest
 from dmd.steps import VARIANTS
+from dmd.studies import SCALES, STUDIES
+from dmd.tables import FORMATS
 from dmd.trainer import Interrupted, NonFiniteLoss
 
 
@@ -76,7 +79,8 @@ def make_parser() -> Parser:
     command.add_argument("--data", **words, required=True)
     command.add_argument("--output", required=True, help="folder for checkpoints and run.json")
     command.add_argument("--preset", default="paper", help=presets)
-    command.add_argument("--model", **pairs, help="options of ModelConfig")
+    methods = f"a method instead of DMD ({', '.join(METHODS)}); options of it, or of ModelConfig"
+    command.add_argument("--model", **{**pairs, "metavar": "NAME | KEY=VALUE"}, help=methods)
     command.add_argument("--loss", **pairs, help="options of LossConfig")
     command.add_argument("--train", **pairs, help="options of TrainConfig")
     command.add_argument("--epochs", type=int, help="the same as --train epochs=...")
@@ -115,6 +119,18 @@ def make_parser() -> Parser:
     command.add_argument("--homo", metavar="FILE", help="weights of the homogeneous kernel")
     command.add_argument("--hetero", metavar="FILE", help="weights of the heterogeneous kernel")
     command.add_argument("--model", **pairs, help="what the weights do not tell: heads=...")
+
+    command = add(top, "study", commands.study)
+    command.add_argument("name", metavar="STUDY", help=f"one of {', '.join(STUDIES)}")
+    command.add_argument("--settings", nargs="+", metavar="NAME", help="data: synthetic and others")
+    command.add_argument("--data", **words | {"help": "a dataset of your own instead of settings"})
+    command.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    command.add_argument("--scale", default="study", help=f"one of {', '.join(SCALES)}")
+    command.add_argument("--seeds", type=count, default=5)
+    command.add_argument("--output", help="folder for the cells: runs/studies/STUDY-SCALE")
+    command.add_argument("--jobs", type=count, default=1, help="processes, one thread each")
+    command.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster, or `local`")
+    command.add_argument("--format", choices=FORMATS, default="text")
 
     command = add(top, "bench", commands.bench_step, device=True)
     command.add_argument("--preset", default="paper", help="preset of model, loss and training")

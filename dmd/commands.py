@@ -17,13 +17,15 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 
-from dmd import bench, checkpoint, distributed, released
+from dmd import bench, checkpoint, distributed, released, studies, tables
+from dmd.baselines import METHODS, Baseline, build
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import LOADERS, Splits, download, load, mmsa, summary
 from dmd.data.clips import read_clips
 from dmd.device import find_device, seed_everything
 from dmd.metrics import evaluate
 from dmd.model import DMD
+from dmd.options import nearest
 from dmd.trainer import Trainer
 
 
@@ -67,6 +69,18 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
             print(f"{name:<12}{value:.4f}" if isinstance(value, float) else f"{name:<12}{value}")
 
 
+def model_words(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The method that `--model` names, None for DMD, and its options KEY=VALUE."""
+    if not words or "=" in words[0]:
+        return None, words
+    name, *pairs = words
+    if name == "dmd":
+        return None, pairs
+    if name not in METHODS:
+        raise ValueError(nearest(name, ["dmd", *METHODS], "model"))
+    return name, pairs
+
+
 def train(args: argparse.Namespace) -> None:
     """`dmd train`: train on a dataset into an output folder."""
     recipe = "released" if args.preset.startswith("released") else "paper"
@@ -75,15 +89,22 @@ def train(args: argparse.Namespace) -> None:
     loss = LossConfig.preset(recipe, **key_values(args.loss))
     options = key_values(args.train, get_type_hints(TrainConfig))
     config = TrainConfig.preset(recipe, **{"loss": loss, **options, **given})
-    overrides = key_values(args.model)
+    method, pairs = model_words(args.model)
+    overrides = key_values(pairs, get_type_hints(METHODS[method].__init__) if method else None)
     # Complain before the data are read, which may take minutes.
     distributed.own_device(config.device)
-    ModelConfig.preset(args.preset, **overrides)
+    if method is None:
+        ModelConfig.preset(args.preset, **overrides)
+    elif distributed.world_size() > 1:
+        raise ValueError(f"only DMD trains on several processes: train {method} without torchrun")
     checkpoint.check_output(Path(args.output), args.resume)
     splits = load_data(args.data)
     sizes = {"widths": splits.widths, "lengths": splits.lengths, **overrides}
     seed_everything(config.seed)
-    model = DMD(ModelConfig.preset(args.preset, **sizes))
+    if method is None:
+        model: DMD | Baseline = DMD(ModelConfig.preset(args.preset, **sizes))
+    else:
+        model = build(method, **sizes)
     trainer = Trainer(model, config, output=args.output, progress=not args.quiet)
     history = trainer.fit(splits, resume=args.resume)
     if not distributed.is_main():
@@ -117,7 +138,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """`dmd predict`: predictions and the edges of both graphs for clips in an npz file."""
+    """`dmd predict`: predictions, and DMD's edges of both graphs, for clips in an npz file."""
     device = find_device(args.device)
     model = checkpoint.load_model(args.checkpoint)[0].to(device)
     clips = read_clips(Path(args.input))
@@ -125,13 +146,15 @@ def predict(args: argparse.Namespace) -> None:
         model.check(clips)
     except ValueError as error:
         raise ValueError(f"{args.input} does not fit {args.checkpoint}: {error}") from error
+    graphs = ("homo", "hetero") if isinstance(model, DMD) else ()
     parts = []
     with torch.inference_mode():
         for index in torch.arange(len(clips)).split(args.batch_size):
             output = model(clips[index].to(device))
-            parts.append((output.prediction, output.homo.edges, output.hetero.edges))
+            edges = [getattr(output, name).edges for name in graphs]
+            parts.append((output.prediction, *edges))
     joined = [torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)]
-    names = ("prediction", "homo_edges", "hetero_edges")
+    names = ("prediction", *(f"{name}_edges" for name in graphs))
     result: dict[str, Any] = dict(zip(names, joined, strict=True))
     if clips.ids is not None:
         result["ids"] = np.array(clips.ids)
@@ -202,3 +225,40 @@ def bench_step(args: argparse.Namespace) -> None:
         args.scaling,
     )
     print(checkpoint.to_json(result) if args.json else bench.table(result))
+
+
+def study(args: argparse.Namespace) -> None:
+    """`dmd study`: train the cells of one of the paper's tables, and print it."""
+    rows = studies.find("study", args.name, studies.STUDIES)()
+    scale = studies.find("scale", args.scale, studies.SCALES)
+    if args.rows:
+        names = {row.name: row for row in rows}
+        rows = [studies.find("row", name, names) for name in args.rows]
+    if args.data:
+        name, *pairs = args.data
+        kinds = get_type_hints(LOADERS[name]) if name in LOADERS else {}
+        settings = {name: (name, key_values(pairs, kinds))}
+    else:
+        chosen = args.settings or ["synthetic"]
+        settings = {x: studies.find("setting", x, scale.settings) for x in chosen}
+    folder = Path(args.output or Path("runs", "studies", f"{args.name}-{args.scale}"))
+    how = {"jobs": args.jobs, "ray": args.ray}
+    found = []
+    for setting, dataset in settings.items():
+        results = studies.run_setting(rows, setting, dataset, scale, folder, args.seeds, **how)
+        configuration = {
+            "data": {"name": dataset[0], **dataset[1]},
+            "model": dict(scale.model),
+            "train": dict(scale.train),
+            "learning_rates": list(scale.grid),
+            "scale": args.scale,
+        }
+        command = f"python -m dmd study {args.name} --scale {args.scale} --settings {setting}"
+        record = tables.record(args.name, setting, configuration, results, command)
+        checkpoint.write_json(folder / f"{args.name}_{setting}.json", record)
+        found.append(record)
+        if not args.json:
+            print(f"\n{setting}: {len(record['rows'])} rows, {args.seeds} seeds")
+            print(tables.FORMATS[args.format](record))
+    if args.json:
+        print(checkpoint.to_json(found))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd.data.dataset import Dataset
+from dmd.model import DMD
 
 T = TypeVar("T")
 
@@ -156,8 +157,10 @@ def evaluate_with_edges(
 ) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
     """The scores of `evaluate`, and in the same pass the mean edges (3, 3) of both graphs.
 
-    An edge goes from its row (teacher) to its column (student).
+    An edge goes from its row (teacher) to its column (student). A model without graphs has none.
     """
+    if not isinstance(model, DMD):
+        return evaluate(model, split), {}
     parts = collect(lambda x: (x.prediction, x.homo.edges, x.hetero.edges), model, split)
     predictions, *graphs = (torch.cat(part) for part in zip(*parts, strict=True))
     means = [edges.float().mean(dim=0).tolist() for edges in graphs]

@@ -11,7 +11,8 @@ from dmd.config import TrainConfig
 from dmd.data import Dataset
 from dmd.device import PRECISIONS
 from dmd.distributed import Share, world_size
-from dmd.losses import LossTerms, objective
+from dmd.losses import LossTerms, objective, task
+from dmd.model import Output
 
 
 def groups(order: Tensor, config: TrainConfig) -> list[Tensor]:
@@ -65,14 +66,18 @@ def loss_terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of the loss of a batch, unweighted and weighted, in the configured precision.
 
-    share: as in `dmd.losses.objective`.
+    share: as in `dmd.losses.objective`. The terms of a method of `dmd.baselines` are the task loss
+    and its own extra losses, which have their weights in them.
     """
     dtype = PRECISIONS[config.precision]
     with torch.autocast(batch.language.device.type, dtype, enabled=dtype != torch.float32):
         output = model(batch)
     assert batch.label is not None  # checked by Dataset
-    terms = objective(output, batch.label, config.loss, share)
-    return terms.unweighted, terms.weighted
+    if not isinstance(output, Output):  # a method of `dmd.baselines`
+        terms = {"task": task(output.prediction, batch.label), **output.extra_losses}
+        return terms, terms
+    found = objective(output, batch.label, config.loss, share)
+    return found.unweighted, found.weighted
 
 
 def update(

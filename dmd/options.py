@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
+def convert(value: Any, kind: Any, key: str) -> Any:
     """Turn a value as JSON or a caller gives it into the type of its field, or refuse."""
     refusal = ValueError(f"{key}={value!r} is not of type {_name(kind)}")
     if dataclasses.is_dataclass(kind):
@@ -35,10 +35,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(get_args(kind)):
             raise refusal
-        return tuple(_convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
+        return tuple(convert(v, k, key) for v, k in zip(value, get_args(kind), strict=True))
     if NoneType in get_args(kind):
         inner = next(k for k in get_args(kind) if k is not NoneType)
-        return None if value is None else _convert(value, inner, key)
+        return None if value is None else convert(value, inner, key)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -60,7 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, key, _convert(getattr(self, key), kind, key))
+            object.__setattr__(self, key, convert(getattr(self, key), kind, key))
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

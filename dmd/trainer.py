@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from dmd import checkpoint, distributed, fast, optimisation
+from dmd.baselines import Baseline
 from dmd.batch import Batch
 from dmd.config import TrainConfig
 from dmd.data import Dataset, Splits
@@ -41,7 +42,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: DMD,
+        model: DMD | Baseline,
         config: TrainConfig | None = None,
         output: str | Path | None = None,
         progress: bool = False,

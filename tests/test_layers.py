@@ -11,9 +11,9 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 # In the order in which data flows.
 ROOMS = [
     "options", "config", "batch", "data", "kernels", "attention", "decoupling", "graph", "fusion",
-    "model", "device", "distributed", "losses", "metrics", "probes", "optimisation", "checkpoint",
-    "history", "fast", "trainer", "published_keys", "released", "differences", "baselines",
-    "studies", "flops", "plain", "steps", "bench", "commands", "cli", "viz",
+    "model", "device", "distributed", "losses", "baselines", "metrics", "probes", "optimisation",
+    "checkpoint", "history", "fast", "trainer", "published_keys", "released", "differences",
+    "cells", "studies", "tables", "flops", "plain", "steps", "bench", "commands", "cli", "viz",
 ]  # fmt: skip
 NEVER = {"book", "tests", "tools", "sklearn", "pandas", "seaborn", "scipy"}
 ONLY_VIZ = {"matplotlib", "IPython", "PIL", "ipywidgets"}
