@@ -14,7 +14,7 @@ import options_study
 import pytest
 import real_run
 
-from dmd import data
+from dmd import data, studies
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import mosi_utterances
 from dmd.data.synthetic import SIZES
@@ -284,3 +284,31 @@ def test_the_objective_study_is_consistent_in_itself():
                 curve = [epoch["valid"]["mae"] for epoch in run["epochs"]]
                 assert curve.index(min(curve)) + 1 == run["best_epoch"]
         assert "epochs" in row["runs"][0]
+
+
+# The studies of the paper's tables
+
+STUDIES = sorted(RESULTS.glob("study_*.json"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_has_the_rows_of_its_table_and_the_means_of_its_seeds(path):
+    found = read(path)
+    assert path.stem == f"study_{found['study']}_{found['setting']}"
+    scale = studies.SCALES[found["configuration"]["scale"]]
+    dataset, options = scale.settings[found["setting"]]
+    assert found["configuration"]["data"] == {"name": dataset, **options}
+    assert found["configuration"]["learning_rates"] == list(scale.grid)
+    rows = [row.name for row in studies.STUDIES[found["study"]]()]
+    assert [row["row"] for row in found["rows"]] == rows
+    for row in found["rows"]:
+        assert row["seeds"] == list(range(5)) and row["failed"] == 0
+        assert row["learning_rate"] in scale.grid
+        for name in ("mae", "acc2_non0"):
+            values = [run[name] for run in row["test"]]
+            assert len(set(values)) > 1  # the seed does something
+            assert row[name]["mean"] == pytest.approx(statistics.mean(values))
+            if row["row"] != "dmd":
+                gap, base = row["difference"][name], found["rows"][0][name]["mean"]
+                assert gap["mean"] == pytest.approx(row[name]["mean"] - base, abs=1e-6)
+                assert gap["low"] <= gap["mean"] <= gap["high"]
