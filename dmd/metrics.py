@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dmd.baselines import Baseline
 from dmd.data.dataset import Dataset
-from dmd.model import DMD
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ def evaluate_with_edges(
 
     An edge goes from its row (teacher) to its column (student). A model without graphs has none.
     """
-    if not isinstance(model, DMD):
+    if isinstance(model, Baseline):
         return evaluate(model, split), {}
     parts = collect(lambda x: (x.prediction, x.homo.edges, x.hetero.edges), model, split)
     predictions, *graphs = (torch.cat(part) for part in zip(*parts, strict=True))
