@@ -245,13 +245,17 @@ def study(args: argparse.Namespace) -> None:
     how = {"jobs": args.jobs, "ray": args.ray}
     found = []
     for setting, dataset in settings.items():
-        results = studies.run_setting(rows, setting, dataset, scale, folder, args.seeds, **how)
+        results, tuning = studies.run_setting(
+            rows, setting, dataset, scale, folder, args.seeds, **how
+        )
         configuration = {
             "data": {"name": dataset[0], **dataset[1]},
             "model": dict(scale.model),
             "train": dict(scale.train),
             "learning_rates": list(scale.grid),
+            "sizes": {name: dict(sizes) for name, sizes in scale.sizes.items()},
             "scale": args.scale,
+            "tuning": tuning,
         }
         command = f"python -m dmd study {args.name} --scale {args.scale} --settings {setting}"
         record = tables.record(args.name, setting, configuration, results, command)

@@ -6,7 +6,7 @@ seeds as asked for run with it. The test split chooses nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,43 @@ class Row:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is: data, DMD's sizes, budget, and the grid of learning rates."""
+    """How large a study is: data, DMD's sizes, budget, learning rates, the other methods' sizes."""
 
     settings: Mapping[str, tuple[str, Mapping[str, Any]]]
     model: Mapping[str, Any]
     train: Mapping[str, Any]
     grid: tuple[float, ...]
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 NARROW = {"size": "mosi", "widths": [32, 12, 8]}
+TRANSFORMER = {"dim": 14, "heads": 2, "layers": 1, "embedding_dropout": 0.1}
+# Sizes that give every method about as many weights as DMD has in the scale `study`: 110,809.
+SIZES: dict[str, dict[str, Any]] = {
+    "ef_lstm": {"hidden": 128},
+    "lf_lstm": {"hidden": 80},
+    "tfn": {"sizes": [16, 8, 8]},
+    "lmf": {"sizes": [48, 24, 24], "hidden": 128, "rank": 16},
+    "mfm": {"hidden": 24, "memory": 32, "code": 24, "factor": 24},
+    "raven": {"hidden": 112, "cell": 48},
+    "mctn": {"hidden": 42},
+    "mult": TRANSFORMER,
+    "mult_gd": TRANSFORMER,
+    "graph_mfn": {"hidden": 48, "node": 40, "memory": 48, "inner": 40},
+    "misa": {"dim": 30, "hidden": 24},
+    "pmr": {"dim": 22, "heads": 2, "embedding_dropout": 0.1},
+    "mica": TRANSFORMER,
+    "fdmer": {"dim": 30, "heads": 2},
+}
 SCALES = {
     # Minutes a row on two cores: as many clips as CMU-MOSI, but few features, steps and epochs.
     "study": Scale(
         {
             "synthetic": ("synthetic", {**NARROW, "lengths": [12, 12, 12]}),
             "unaligned": ("synthetic", {**NARROW, "aligned": False, "lengths": [12, 30, 24]}),
+            "larger": (
+                "synthetic", {**NARROW, "lengths": [12, 12, 12], "clips": [5136, 916, 2744]},
+            ),
             "mosi_utterances": ("mosi_utterances", {"context": 4, "valid_share": 0.05}),
         },
         {
@@ -52,7 +74,8 @@ SCALES = {
             "embedding_dropout": 0.1, "attention_dropout": [0.1, 0.0, 0.1], "output_dropout": 0.1,
         },
         {"epochs": 10, "batch_size": 32, "scheduler": "none"},
-        (3e-4, 1e-3, 3e-3),
+        (3e-4, 1e-3, 3e-3, 1e-2),
+        SIZES,
     ),
     # The sizes and the budget of the paper, for a GPU.
     "full": Scale(
@@ -128,7 +151,7 @@ def maker(
     """A function that makes the cell of a row, a seed and a learning rate."""
 
     def make(row: Row, seed: int, rate: float) -> Cell:
-        own = scale.model if row.method == "dmd" else {}
+        own = scale.model if row.method == "dmd" else scale.sizes.get(row.method, {})
         return Cell(
             setting,
             dataset[0],
@@ -153,9 +176,11 @@ def run_setting(
     folder: Path,
     seeds: int = 5,
     **how: Any,
-) -> dict[str, list[dict[str, Any]]]:
-    """Train all cells of one setting, tuning first; the results of each row, seed by seed.
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, float | None]]]:
+    """Train all cells of one setting, tuning first.
 
+    Two mappings: row -> its results, seed by seed; row -> learning rate -> validation MAE of the
+    run with seed 0 (None: its loss was not finite), by which the rate was chosen.
     how: `jobs`, `ray`, `tell` of `dmd.cells.run`. Methods that need aligned clips have no cells
     where the clips are not.
     """
@@ -164,12 +189,16 @@ def run_setting(
     make = maker(setting, dataset, scale)
     grid = [make(row, 0, rate) for row in rows for rate in scale.grid]
     tuned = run(grid, folder, **how)
+    tuning: dict[str, dict[str, float | None]] = {row.name: {} for row in rows}
     best: dict[str, float] = {}
-    for row in rows:
-        tried = [x for x in tuned if x["row"] == row.name and "failed" not in x]
-        if not tried:
-            raise ValueError(f"{row.name} does not train at any of {scale.grid}: its loss is NaN")
-        best[row.name] = min(tried, key=lambda x: x["valid"]["mae"])["learning_rate"]
+    for found in tuned:
+        error = None if "failed" in found else found["valid"]["mae"]
+        tuning[found["row"]][f"{found['learning_rate']:g}"] = error
+    for name, tried in tuning.items():
+        finite = {rate: error for rate, error in tried.items() if error is not None}
+        if not finite:
+            raise ValueError(f"{name} does not train at any of {scale.grid}: its loss is NaN")
+        best[name] = float(min(finite, key=finite.__getitem__))
     chosen = [make(row, seed, best[row.name]) for seed in range(seeds) for row in rows]
-    found = run(chosen, folder, **how)
-    return {row.name: [x for x in found if x["row"] == row.name] for row in rows}
+    results = run(chosen, folder, **how)
+    return {row.name: [x for x in results if x["row"] == row.name] for row in rows}, tuning

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dmd import cells, studies, tables
+from dmd import cells, checkpoint, studies, tables
 from dmd.baselines import METHODS
 from dmd.cells import Cell, run
 from dmd.studies import Row, Scale, run_setting
@@ -107,9 +107,12 @@ def test_a_local_ray_cluster_gives_what_this_process_gives(tmp_path):
 
 def test_the_learning_rate_is_chosen_on_the_validation_split(tmp_path, fake):
     rows = [Row("a", "lf_lstm"), Row("fails", "lf_lstm")]
-    found = run_setting(rows, "s", ("synthetic", TINY), SCALE, tmp_path, seeds=3, tell=quiet)
+    dataset = ("synthetic", TINY)
+    found, tuning = run_setting(rows, "s", dataset, SCALE, tmp_path, seeds=3, tell=quiet)
     assert {x["learning_rate"] for x in found["a"]} == {0.2}
     assert {x["learning_rate"] for x in found["fails"]} == {0.3}  # the best of those that trained
+    assert tuning["a"] == {"0.1": 1.0, "0.2": 0.5, "0.3": 0.9}
+    assert tuning["fails"]["0.2"] is None
     assert [x["seed"] for x in found["a"]] == [0, 1, 2]
     grid = [call for call in fake if call[0] == "a"]
     assert grid == [("a", 0, 0.1), ("a", 0, 0.2), ("a", 0, 0.3), ("a", 1, 0.2), ("a", 2, 0.2)]
@@ -118,7 +121,8 @@ def test_the_learning_rate_is_chosen_on_the_validation_split(tmp_path, fake):
 def test_methods_that_need_aligned_clips_have_no_cells_elsewhere(tmp_path, fake):
     rows = [Row("dmd"), *(Row(name, name) for name in METHODS)]
     options = {"size": "tiny", "aligned": False}
-    found = run_setting(rows, "s", ("synthetic", options), SCALE, tmp_path, seeds=1, tell=quiet)
+    dataset = ("synthetic", options)
+    found, _ = run_setting(rows, "s", dataset, SCALE, tmp_path, seeds=1, tell=quiet)
     assert set(found) == {"dmd", *(x for x in METHODS if not METHODS[x].aligned_only)}
     assert len(found) < len(rows)
 
@@ -150,6 +154,24 @@ def test_table_three_adds_one_part_at_a_time():
         "decoupling_homo_attention": (True, True, True, False),
         "decoupling_homo_hetero": (True, True, False, True),
     }
+
+
+@pytest.mark.parametrize("setting", ["synthetic", "unaligned"])
+def test_the_methods_of_a_study_are_of_one_size(setting):
+    scale = studies.SCALES["study"]
+    dataset = scale.settings[setting]
+    make = studies.maker(setting, dataset, scale)
+    sizes = {"widths": dataset[1]["widths"], "lengths": dataset[1]["lengths"]}
+    count = {}
+    for row in studies.METHOD_ROWS:
+        if setting == "unaligned" and row.method != "dmd" and METHODS[row.method].aligned_only:
+            continue
+        made = make(row, 0, 1e-3)
+        whole = {"method": row.method, **sizes, "options": dict(made.model)}
+        options = {**made.model, **sizes} if row.method == "dmd" else whole
+        model = checkpoint.build_model(options)
+        count[row.name] = sum(x.numel() for x in model.parameters())
+    assert all(0.8 * count["dmd"] < n < 1.2 * count["dmd"] for n in count.values()), count
 
 
 # Tables

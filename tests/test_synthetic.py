@@ -238,6 +238,19 @@ def test_a_small_network_learns_from_the_tiny_size_within_seconds():
 # --- the truth ----------------------------------------------------------------------------------
 
 
+def test_the_reliability_gap_lifts_the_weak_modalities_and_nothing_else():
+    known = [load("synthetic", reliability_gap=gap).test.truth for gap in (1.0, 0.5, 0.0)]
+    wide, half, none = (truth["reliability"] for truth in known)
+    best = wide.max(dim=1, keepdim=True).values
+    assert torch.equal(none, best.expand(-1, 3))
+    torch.testing.assert_close(half, (wide + best) / 2)
+    assert all(torch.equal(truth["events"], known[0]["events"]) for truth in known)
+
+
+def test_the_number_of_clips_of_each_split_is_that_asked_for():
+    assert [len(split) for split in load("synthetic", clips=(40, 20, 30))] == [40, 20, 30]
+
+
 def test_truth_is_consistent_with_itself():
     for split in synthetic("tiny"):
         t = split.truth
@@ -414,6 +427,7 @@ def test_sizes_and_options():
     assert splits.options == {
         "size": "mosi", "aligned": False, "seed": 0,
         "widths": (300, 20, 5), "lengths": (50, 500, 375),
+        "clips": (1284, 229, 686), "reliability_gap": 1.0,
     }  # fmt: skip
     assert SIZES["mosei"] == (
         (16326, 1871, 4659), (300, 35, 74), (50, 50, 50), (50, 500, 500)
@@ -450,6 +464,9 @@ def test_widths_and_lengths_are_those_asked_for(widths, lengths, aligned):
         ({"widths": (True, 20, 5)}, "widths must be three positive integers"),
         ({"widths": 300}, "widths must be three positive integers"),
         ({"lengths": (12, 0, 12), "aligned": False}, "lengths must be three positive integers"),
+        ({"clips": (9, 9)}, r"clips must be three positive integers \(train, valid, test\)"),
+        ({"reliability_gap": 1.5}, "reliability_gap=1.5 is not between 0 and 1"),
+        ({"reliability_gap": float("nan")}, "reliability_gap=nan is not between 0 and 1"),
         ({"lengths": (12, 30, 24)}, "give three equal lengths or aligned=False"),
         ({"seed": -1}, "seed=-1 is not a whole number"),
         ({"seed": True}, "seed=True is not a whole number"),

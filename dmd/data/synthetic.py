@@ -83,6 +83,8 @@ def load(
     seed: int = 0,
     widths: Triple | None = None,
     lengths: Triple | None = None,
+    clips: Triple | None = None,
+    reliability_gap: float = 1.0,
 ) -> Splits:
     """Generate the three splits; the same arguments give the same data on every machine.
 
@@ -92,6 +94,9 @@ def load(
     seed: of everything that is drawn; a whole number, 0 or more.
     widths, lengths: features and padded steps of language, visual, acoustic, in place of those
         that belong to `size`.
+    clips: in the training, validation and test split, likewise.
+    reliability_gap: how far a clip's other modalities fall behind its most reliable one, from 1,
+        as described above, to 0: all three are equally reliable.
     Every split has, in `truth`, with N clips:
         sentiment (N,): s, before the annotators err.
         shared (N, 2): valence and arousal averaged over time; the valence is the sentiment.
@@ -102,7 +107,7 @@ def load(
         lag (N, 3): l_m, as a share of the clip.
         events (N, 3, 2): time of each event and its share of s (0, 0: no such event).
         decoys (N, 3, 3, 2): by modality, time of each decoy and its share of the mean valence.
-    Raises ValueError for an unknown size, and for widths, lengths or a seed that can't be.
+    Raises ValueError for an unknown size, and for other values that can't be.
     """
     if not isinstance(size, str) or size not in SIZES:
         raise ValueError(nearest(str(size), SIZES, "size of the synthetic dataset"))
@@ -119,6 +124,9 @@ def load(
         )
     if type(seed) is not int or seed < 0:  # True is an int too
         raise ValueError(f"seed={seed!r} is not a whole number of 0 or more")
+    clips = _triple("clips", shape.clips if clips is None else clips, "train, valid, test")
+    if not 0 <= reliability_gap <= 1:
+        raise ValueError(f"reliability_gap={reliability_gap!r} is not between 0 and 1")
     rng = _stream(seed, 0)
     lexicon = vocabulary.Lexicon(rng, widths[0])
     mixing = [rng.standard_normal((2 + PRIVATE, width)) for width in widths[1:]]
@@ -129,37 +137,38 @@ def load(
     )
 
     def split(number: int, name: str) -> Dataset:
-        count = shape.clips[number]
+        count = clips[number]
         streams = [_stream(seed, 1 + number, part) for part in range(5)]
-        clips = Clips(streams[0], count)
+        known = Clips(streams[0], count, reliability_gap)
         steps = _steps(streams[1], count, lengths, aligned)
-        transcripts, language = _language(streams[2], clips, steps, lengths[0], lexicon)
-        visual = _nonverbal(streams[3], clips, 1, steps, lengths[1], mixing[0])
-        acoustic = _nonverbal(streams[4], clips, 2, steps, lengths[2], mixing[1])
-        videos = sum(-(-n // CLIPS_PER_VIDEO) for n in shape.clips[:number])  # of earlier splits
+        transcripts, language = _language(streams[2], known, steps, lengths[0], lexicon)
+        visual = _nonverbal(streams[3], known, 1, steps, lengths[1], mixing[0])
+        acoustic = _nonverbal(streams[4], known, 2, steps, lengths[2], mixing[1])
+        videos = sum(-(-n // CLIPS_PER_VIDEO) for n in clips[:number])  # of earlier splits
         ids = [
             f"synthetic-{videos + k // CLIPS_PER_VIDEO:05d}$_${k % CLIPS_PER_VIDEO + 1}"
             for k in range(count)
         ]
-        label = torch.from_numpy(clips.label)
+        label = torch.from_numpy(known.label)
         batch = Batch(language, visual, acoustic, torch.from_numpy(steps), label, ids)
-        return Dataset(name, batch, names, transcripts, clips.truth())
+        return Dataset(name, batch, names, transcripts, known.truth())
 
-    options = {"size": size, "aligned": aligned, "seed": seed, "widths": widths, "lengths": lengths}
+    options = {
+        **{"size": size, "aligned": aligned, "seed": seed, "widths": widths, "lengths": lengths},
+        **{"clips": clips, "reliability_gap": reliability_gap},
+    }
     return Splits(split(0, "train"), split(1, "valid"), split(2, "test"), "synthetic", options)
 
 
-def _triple(name: str, value: Any) -> Triple:
+def _triple(name: str, value: Any, parts: str = "language, visual, acoustic") -> Triple:
     if (
         not isinstance(value, list | tuple)
         or len(value) != 3
         or not all(type(v) is int and v > 0 for v in value)
     ):
-        raise ValueError(
-            f"{name} must be three positive integers (language, visual, acoustic), not {value}"
-        )
-    language, visual, acoustic = value
-    return language, visual, acoustic
+        raise ValueError(f"{name} must be three positive integers ({parts}), not {value}")
+    first, second, third = value
+    return first, second, third
 
 
 def _stream(seed: int, *key: int) -> Generator:
@@ -170,7 +179,7 @@ def _stream(seed: int, *key: int) -> Generator:
 class Clips:
     """What is true of N clips, before any modality shows it. Names as in `load`."""
 
-    def __init__(self, rng: Generator, count: int) -> None:
+    def __init__(self, rng: Generator, count: int, reliability_gap: float) -> None:
         sign = np.where(rng.random(count) < 0.52, 1.0, -1.0)
         self.sentiment = np.clip(sign * rng.normal(1.4, 0.8, count), -3, 3)
         ratings = np.rint(self.sentiment[:, None] + rng.normal(0, 0.5, (count, 5)))
@@ -189,7 +198,10 @@ class Clips:
         strongest = np.select([draw < VISUAL_SHARE, draw < NONVERBAL_SHARE], [1, 2], 0)
         low, high = np.array(WEAK).T
         self.reliability = rng.uniform(low, high, (count, 3))
-        self.reliability[np.arange(count), strongest] = rng.uniform(*STRONG, count)
+        strong = rng.uniform(*STRONG, count)
+        self.reliability[np.arange(count), strongest] = strong
+        # A gap of 1 must leave every bit as it is, so nothing but zeros may be added then.
+        self.reliability += (1 - reliability_gap) * (strong[:, None] - self.reliability)
         low, high = np.array(LAG).T
         self.lag = rng.uniform(low, high, (count, 3))
 
