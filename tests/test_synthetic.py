@@ -464,7 +464,7 @@ def test_widths_and_lengths_are_those_asked_for(widths, lengths, aligned):
         ({"widths": (True, 20, 5)}, "widths must be three positive integers"),
         ({"widths": 300}, "widths must be three positive integers"),
         ({"lengths": (12, 0, 12), "aligned": False}, "lengths must be three positive integers"),
-        ({"clips": (9, 9)}, r"clips must be three positive integers \(train, valid, test\)"),
+        ({"clips": (9, 9)}, "clips must be three positive integers (train, valid, test)"),
         ({"reliability_gap": 1.5}, "reliability_gap=1.5 is not between 0 and 1"),
         ({"reliability_gap": float("nan")}, "reliability_gap=nan is not between 0 and 1"),
         ({"lengths": (12, 30, 24)}, "give three equal lengths or aligned=False"),
