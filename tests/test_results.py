@@ -7,6 +7,7 @@ import statistics
 from datetime import datetime
 from pathlib import Path
 
+import conditions_map
 import full_run
 import numpy as np
 import objective_study
@@ -284,6 +285,27 @@ def test_the_objective_study_is_consistent_in_itself():
                 curve = [epoch["valid"]["mae"] for epoch in run["epochs"]]
                 assert curve.index(min(curve)) + 1 == run["best_epoch"]
         assert "epochs" in row["runs"][0]
+
+
+# Where distillation helps
+
+CONDITIONS = RESULTS / conditions_map.RECORD
+
+
+def test_the_map_of_conditions_is_whole_and_its_gains_are_those_of_its_scores():
+    found = read(CONDITIONS)
+    points = [(p["reliability_gap"], p["clips"]) for p in found["points"]]
+    assert points == [(gap, clips) for gap in conditions_map.GAPS for clips in conditions_map.CLIPS]
+    assert found["configuration"]["rows"]["no_graphs"] == studies.NO_GRAPHS
+    assert found["configuration"]["rows"]["dmd"] == {}
+    for point in found["points"]:
+        for name, gap in point["gain"].items():
+            ours, theirs = (point["scores"][row][name] for row in ("dmd", "no_graphs"))
+            assert len(set(ours)) > 1 and len(ours) == len(theirs) == conditions_map.SEEDS
+            difference = statistics.mean(ours) - statistics.mean(theirs)
+            assert gap["mean"] == pytest.approx(difference, abs=1e-6)
+            assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert found["provenance"]["commit"]
 
 
 # The studies of the paper's tables
