@@ -121,7 +121,8 @@ def make_parser() -> Parser:
     command.add_argument("--model", **pairs, help="what the weights do not tell: heads=...")
 
     command = add(top, "study", commands.study)
-    command.add_argument("name", metavar="STUDY", help=f"one of {', '.join(STUDIES)}")
+    study_help = f"one of {', '.join(STUDIES)}, or the record of one (JSON) to print"
+    command.add_argument("name", metavar="STUDY", help=study_help)
     command.add_argument("--settings", nargs="+", metavar="NAME", help="data: synthetic and others")
     command.add_argument("--data", **words | {"help": "a dataset of your own instead of settings"})
     command.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")

@@ -6,6 +6,7 @@ Bad input raises ValueError or OSError with one sentence, which `dmd.cli` prints
 import argparse
 import io
 import json
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -228,7 +229,11 @@ def bench_step(args: argparse.Namespace) -> None:
 
 
 def study(args: argparse.Namespace) -> None:
-    """`dmd study`: train the cells of one of the paper's tables, and print it."""
+    """`dmd study`: train the cells of one of the paper's tables and print it, or print a record."""
+    if args.name.endswith(".json"):
+        record = tables.read(args.name)
+        print(checkpoint.to_json(record) if args.json else tables.FORMATS[args.format](record))
+        return
     rows = studies.find("study", args.name, studies.STUDIES)()
     scale = studies.find("scale", args.scale, studies.SCALES)
     if args.rows:
@@ -257,7 +262,10 @@ def study(args: argparse.Namespace) -> None:
             "scale": args.scale,
             "tuning": tuning,
         }
-        command = f"python -m dmd study {args.name} --scale {args.scale} --settings {setting}"
+        where = ["--data", *args.data] if args.data else ["--settings", setting]
+        command = f"python -m dmd study {args.name} --scale {args.scale} {shlex.join(where)}"
+        command += f" --rows {' '.join(args.rows)}" if args.rows else ""
+        command += f" --seeds {args.seeds}" if args.seeds != 5 else ""
         record = tables.record(args.name, setting, configuration, results, command)
         checkpoint.write_json(folder / f"{args.name}_{setting}.json", record)
         found.append(record)

@@ -1,7 +1,9 @@
 """A study's results as a record and as a table: means, spreads, intervals against DMD."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,22 @@ def record(
             "seconds": round(sum(run["seconds"] for run in runs), 1),
         },
     }
+
+
+def read(path: str) -> dict[str, Any]:
+    """The record of a study in a file, as `record` makes it.
+
+    Raises OSError and ValueError with one sentence where there is none.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"can't read {path}: {error.strerror}") from error
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"study", "setting", "rows"} <= found.keys():
+        raise ValueError(f"{path} is not the record of a study")
+    return found
 
 
 def lines(found: Mapping[str, Any]) -> list[list[str]]:

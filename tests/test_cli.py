@@ -541,7 +541,7 @@ def test_python_m_dmd_gives_help_and_exit_codes():
 @pytest.mark.parametrize(
     "words",
     ["train", "evaluate", "predict", "data", "data fetch", "data inspect", "data export",
-     "released", "released convert"],
+     "released", "released convert", "study"],
 )  # fmt: skip
 def test_each_command_has_help_and_says_what_it_misses(words, capsys):
     for more, code in (["--help"], 0), ([], 2):
@@ -963,3 +963,32 @@ def test_mistakes_in_commands(refused, monkeypatch, tmp_path, words, sentence):
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(*words)
     assert not [*tmp_path.iterdir()]
+
+
+STUDY = ["study", "table1", "--rows", "lmf", "--data", "synthetic", "size=tiny", "--seeds", "1"]
+
+
+def test_a_study_is_trained_recorded_and_printed_again(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = run(*STUDY, "--output", "runs")
+    assert code == 0 and "lmf" in printed
+    path = tmp_path / "runs" / "table1_synthetic.json"
+    found = parse(path.read_text())
+    tuning = found["configuration"]["tuning"]["lmf"]
+    assert float(min(tuning, key=tuning.get)) == found["rows"][0]["learning_rate"]
+    words = "study table1 --scale study --data synthetic size=tiny --rows lmf --seeds 1"
+    assert found["provenance"]["command"] == f"python -m dmd {words}"
+    shown = {form: run("study", path, "--format", form)[1] for form in ("text", "markdown")}
+    assert shown["text"].strip() in printed and shown["markdown"].startswith("| method |")
+    assert parse(run("study", path, "--json")[1]) == found
+
+
+def test_mistakes_in_studies(refused, tmp_path):
+    assert "did you mean 'table1'?" in refused("study", "tabel1")
+    assert "did you mean 'mult'?" in refused("study", "table1", "--rows", "mlut")
+    assert "did you mean 'unaligned'?" in refused("study", "table1", "--settings", "unalined")
+    path = tmp_path / "x.json"
+    assert f"can't read {path}: No such file" in refused("study", path)
+    for content in ("no", "[]", '{"rows": []}'):
+        path.write_text(content)
+        assert f"{path} is not the record of a study" in refused("study", path)
