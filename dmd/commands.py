@@ -248,11 +248,10 @@ def study(args: argparse.Namespace) -> None:
         settings = {x: studies.find("setting", x, scale.settings) for x in chosen}
     folder = Path(args.output or Path("runs", "studies", f"{args.name}-{args.scale}"))
     how = {"jobs": args.jobs, "ray": args.ray}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     found = []
     for setting, dataset in settings.items():
-        results, tuning = studies.run_setting(
-            rows, setting, dataset, scale, folder, args.seeds, **how
-        )
+        results, tuning = studies.run_setting(rows, setting, dataset, scale, folder, seeds, **how)
         configuration = {
             "data": {"name": dataset[0], **dataset[1]},
             "model": dict(scale.model),
@@ -266,6 +265,7 @@ def study(args: argparse.Namespace) -> None:
         command = f"python -m dmd study {args.name} --scale {args.scale} {shlex.join(where)}"
         command += f" --rows {' '.join(args.rows)}" if args.rows else ""
         command += f" --seeds {args.seeds}" if args.seeds != 5 else ""
+        command += f" --first-seed {args.first_seed}" if args.first_seed else ""
         record = tables.record(args.name, setting, configuration, results, command)
         checkpoint.write_json(folder / f"{args.name}_{setting}.json", record)
         found.append(record)

@@ -174,7 +174,7 @@ def run_setting(
     dataset: tuple[str, Mapping[str, Any]],
     scale: Scale,
     folder: Path,
-    seeds: int = 5,
+    seeds: Sequence[int] = range(5),
     **how: Any,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, float | None]]]:
     """Train all cells of one setting, tuning first.
@@ -199,6 +199,6 @@ def run_setting(
         if not finite:
             raise ValueError(f"{name} does not train at any of {scale.grid}: its loss is NaN")
         best[name] = float(min(finite, key=finite.__getitem__))
-    chosen = [make(row, seed, best[row.name]) for seed in range(seeds) for row in rows]
+    chosen = [make(row, seed, best[row.name]) for seed in seeds for row in rows]
     results = run(chosen, folder, **how)
     return {row.name: [x for x in results if x["row"] == row.name] for row in rows}, tuning

@@ -965,7 +965,8 @@ def test_mistakes_in_commands(refused, monkeypatch, tmp_path, words, sentence):
     assert not [*tmp_path.iterdir()]
 
 
-STUDY = ["study", "table1", "--rows", "lmf", "--data", "synthetic", "size=tiny", "--seeds", "1"]
+STUDY = ["study", "table1", "--rows", "lmf", "--data", "synthetic", "size=tiny", "--seeds", "1",
+         "--first-seed", "7"]  # fmt: skip
 
 
 def test_a_study_is_trained_recorded_and_printed_again(run, tmp_path, monkeypatch):
@@ -977,6 +978,8 @@ def test_a_study_is_trained_recorded_and_printed_again(run, tmp_path, monkeypatc
     tuning = found["configuration"]["tuning"]["lmf"]
     assert float(min(tuning, key=tuning.get)) == found["rows"][0]["learning_rate"]
     words = "study table1 --scale study --data synthetic size=tiny --rows lmf --seeds 1"
+    words += " --first-seed 7"
+    assert found["rows"][0]["seeds"] == [7]
     assert found["provenance"]["command"] == f"python -m dmd {words}"
     shown = {form: run("study", path, "--format", form)[1] for form in ("text", "markdown")}
     assert shown["text"].strip() in printed and shown["markdown"].startswith("| method |")
