@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dmd import data
 from dmd.baselines import METHODS
 from dmd.cells import Cell, run
 from dmd.config import LossConfig, ModelConfig, TrainConfig
@@ -58,6 +59,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "mica": TRANSFORMER,
     "fdmer": {"dim": 30, "heads": 2},
 }
+# The published files, where MMSA's folders were put below $DMD_DATA.
+FILES = {
+    f"{name}{suffix}": ("mmsa", {"path": f"$DMD_DATA/{name.upper()}/Processed/{form}_50.pkl"})
+    for name in ("mosi", "mosei")
+    for suffix, form in (("", "aligned"), ("_unaligned", "unaligned"))
+}
 SCALES = {
     # Minutes a row on two cores: as many clips as CMU-MOSI, but few features, steps and epochs.
     "study": Scale(
@@ -68,6 +75,7 @@ SCALES = {
                 "synthetic", {**NARROW, "lengths": [12, 12, 12], "clips": [5136, 916, 2744]},
             ),
             "mosi_utterances": ("mosi_utterances", {"context": 4, "valid_share": 0.05}),
+            **FILES,
         },
         {
             "dim": 16, "heads": 2, "layers": 1, "kernels": [3, 3, 3], "language_dropout": 0.1,
@@ -84,6 +92,7 @@ SCALES = {
             "unaligned": ("synthetic", {"size": "mosi", "aligned": False}),
             "synthetic_mosei": ("synthetic", {"size": "mosei"}),
             "mosi_utterances": ("mosi_utterances", {"context": 10, "valid_share": 0.05}),
+            **FILES,
         },
         {}, {}, (1e-4, 5e-4, 1e-3),
     ),
@@ -184,7 +193,8 @@ def run_setting(
     how: `jobs`, `ray`, `tell` of `dmd.cells.run`. Methods that need aligned clips have no cells
     where the clips are not.
     """
-    aligned = dataset[1].get("aligned", True)
+    # Read before anything is trained, so that a missing file is one sentence at once.
+    aligned = len(set(data.load(dataset[0], **dataset[1]).lengths)) == 1
     rows = [r for r in rows if aligned or r.method == "dmd" or not METHODS[r.method].aligned_only]
     make = maker(setting, dataset, scale)
     grid = [make(row, 0, rate) for row in rows for rate in scale.grid]

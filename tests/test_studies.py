@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from dmd import cells, checkpoint, studies, tables
+from dmd import cells, checkpoint, data, studies, tables
 from dmd.baselines import METHODS
 from dmd.cells import Cell, run
+from dmd.data import mmsa
 from dmd.studies import Row, Scale, run_setting
 
 TINY = {"size": "tiny"}
@@ -237,3 +238,23 @@ def test_the_same_numbers_as_text_markdown_and_latex():
     assert all("failed" in table for table in (text, markdown, latex))
     assert len({line.count("|") for line in markdown.splitlines()}) == 1
     assert len({line.count("&") for line in latex.splitlines() if "&" in line}) == 1
+
+
+# Published files
+
+
+SETTING = studies.SCALES["study"].settings["mosi"], Scale({}, {}, {"epochs": 1}, (1e-3,))
+
+
+def test_whoever_has_the_published_files_runs_the_same_rows_on_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMD_DATA", str(tmp_path))
+    path = tmp_path / "MOSI" / "Processed" / "aligned_50.pkl"
+    with pytest.raises(OSError, match=f"cannot read {path}"):
+        run_setting([Row("lmf", "lmf")], "mosi", *SETTING, tmp_path / "runs", tell=quiet)
+    path.parent.mkdir(parents=True)
+    mmsa.export(data.load("synthetic", clips=(40, 20, 20)), path)
+    with pytest.warns(UserWarning, match="none of the published"):
+        found, _ = run_setting(
+            [Row("lmf", "lmf")], "mosi", *SETTING, tmp_path / "runs", seeds=[0, 1], tell=quiet
+        )
+    assert [len(run["label"]) for run in found["lmf"]] == [20, 20]

@@ -21,6 +21,7 @@ LOADERS: dict[str, Callable[..., Splits]] = {
 def load(name: str, /, **options: Any) -> Splits:
     """The splits of the dataset called `name`; the options are those of its loader.
 
+    A path may hold variables of the environment, as in `$DMD_DATA/file.pkl`.
     Raises ValueError for an unknown name or option (naming the nearest known one) and for
     broken content, OSError for a file that can't be read, each with one sentence that says what
     to do.
@@ -37,6 +38,8 @@ def load(name: str, /, **options: Any) -> Splits:
     for key in {"path", "root"} & options.keys():
         if not isinstance(options[key], str | os.PathLike | None):
             raise ValueError(f"{key}={options[key]!r} is not the path of a file or folder")
+        if options[key] is not None:
+            options[key] = os.path.expandvars(os.fspath(options[key]))
     return LOADERS[name](**options)
 
 
