@@ -70,7 +70,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         options = {"method": cell.method, **sizes, "options": dict(cell.model)}
     model = checkpoint.build_model(options)
     found: dict[str, Any] = {
-        **{key: value for key, value in asdict(cell).items() if key != "data"},
+        **asdict(cell),
         "parameters": sum(x.numel() for x in model.parameters()),
         "commit": checkpoint.git_commit(),
     }
@@ -115,14 +115,32 @@ def run(
     machine, whose tasks the cells become; `jobs` then does not count. tell: takes the progress.
     Raises ValueError where Ray is asked for and not installed.
     """
-    todo = [cell for cell in cells if not cell.path(folder).exists()]
+    todo = [cell for cell in cells if stored(cell, folder) is None]
     began = time.perf_counter()
     finished = by_ray(todo, ray) if ray is not None else by_processes(todo, jobs)
     for done, (cell, result) in enumerate(finished, start=1):
         checkpoint.write_json(cell.path(folder), result)
         left = (time.perf_counter() - began) / done * (len(todo) - done) / 60
         tell(f"{done}/{len(todo)} cells, {left:.0f} min left   ")
-    return [json.loads(cell.path(folder).read_text(encoding="utf-8")) for cell in cells]
+    return [found for cell in cells if (found := stored(cell, folder)) is not None]
+
+
+def stored(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The result of a cell, if its file is there.
+
+    Raises ValueError where the file is that of another run: other data, options, or budget.
+    """
+    path = cell.path(folder)
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in json.loads(json.dumps(asdict(cell))).items():
+        if found.get(key, value) != value:
+            raise ValueError(
+                f"{path} holds a run with {key}={found[key]}, not {value}: "
+                "remove it or choose another --output"
+            )
+    return found
 
 
 def by_processes(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:

@@ -129,7 +129,7 @@ def make_parser() -> Parser:
     command.add_argument("--scale", default="study", help=f"one of {', '.join(SCALES)}")
     command.add_argument("--seeds", type=count, default=5, help="how many of each row: 5")
     command.add_argument("--first-seed", type=count, default=0, help="others than 0, 1, 2, ...")
-    command.add_argument("--output", help="folder for the cells: runs/studies/STUDY-SCALE")
+    command.add_argument("--output", help="folder for the cells: runs/studies/SCALE")
     command.add_argument("--jobs", type=count, default=1, help="processes, one thread each")
     command.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster, or `local`")
     command.add_argument("--format", choices=FORMATS, default="text")

@@ -246,7 +246,7 @@ def study(args: argparse.Namespace) -> None:
     else:
         chosen = args.settings or ["synthetic"]
         settings = {x: studies.find("setting", x, scale.settings) for x in chosen}
-    folder = Path(args.output or Path("runs", "studies", f"{args.name}-{args.scale}"))
+    folder = Path(args.output or Path("runs", "studies", args.scale))
     how = {"jobs": args.jobs, "ray": args.ray}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     found = []

@@ -258,3 +258,19 @@ def test_whoever_has_the_published_files_runs_the_same_rows_on_them(tmp_path, mo
             [Row("lmf", "lmf")], "mosi", *SETTING, tmp_path / "runs", seeds=[0, 1], tell=quiet
         )
     assert [len(run["label"]) for run in found["lmf"]] == [20, 20]
+
+
+def test_a_folder_of_other_runs_is_not_taken_for_this_study_s(tmp_path, fake):
+    run([cell(rate=0.1)], tmp_path, tell=quiet)
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": {"size": "mosi"}}))
+    with pytest.raises(ValueError, match="choose another --output") as caught:
+        run([cell(rate=0.1)], tmp_path, tell=quiet)
+    assert str(path) in str(caught.value) and "mosi" in str(caught.value)
+
+
+def test_rows_of_one_name_are_one_thing_in_all_studies():
+    known = {}
+    for rows in studies.STUDIES.values():
+        for row in rows():
+            assert known.setdefault(row.name, row) == row

@@ -1,7 +1,7 @@
 """Which rows the ablation chapter compares: intervals of pairs, and every head seed by seed.
 
     python -m dmd study table3 --scale study --settings synthetic   (and table4, table5)
-    python tools/ablation_pairs.py runs SETTING [--output FILE]
+    python tools/ablation_pairs.py runs/studies/study SETTING [--output FILE]
 
 `dmd study` compares every row with DMD. A part that is added to another row needs its interval
 against that row, so this reads the same cells again. It trains nothing. A study whose record is
@@ -41,7 +41,7 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def read(folder: Path, record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each row of a study's record, seed by seed, from their cells."""
-    where = folder / str(record["study"]) / str(record["setting"])
+    where = folder / str(record["setting"])
     names = {
         row["row"]: [f"{row['row']}-lr{row['learning_rate']:g}-seed{s}.json" for s in row["seeds"]]
         for row in record["rows"]
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     pairs, single, origins = [], {}, {}
     for study in PAIRS:
-        file = options.runs / study / f"{study}_{options.setting}.json"
+        file = options.runs / f"{study}_{options.setting}.json"
         if not file.is_file():
             print(f"{study}: no record, left out", file=sys.stderr)
             continue
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     provenance = {
         **checkpoint.provenance(),
         **{key: next(iter(origins.values()))[key] for key in ("commit", "threads")},
-        "command": f"python tools/ablation_pairs.py runs {options.setting}",
+        "command": f"python tools/ablation_pairs.py runs/studies/study {options.setting}",
         "seconds": sum(x["seconds"] for x in origins.values()),
         "studies": origins,
     }
