@@ -15,6 +15,7 @@ import conditions_map
 import evidence as e
 import measures
 import numpy as np
+import paper
 import pytest
 import scoreboard
 from claims import CLAIMS, GROUPS, Claim
@@ -55,8 +56,10 @@ def made(study, setting, shares, heads=None):
     """The record of a study, and its runs; shares: row -> share of right signs."""
     heads = heads or {}
     plain = {"homo": (0.7, 0.6, 0.6), "hetero": (0.7, 0.7, 0.7)}
-    rows = [row for row in studies.STUDIES[study]() if setting != "unaligned" or row.method == "dmd"
-            or not METHODS[row.method].aligned_only]  # fmt: skip
+    rows = [
+        row for row in studies.STUDIES[study]()
+        if "unaligned" not in setting or row.method == "dmd" or not METHODS[row.method].aligned_only
+    ]  # fmt: skip
     runs = {
         row.name: [
             cell(
@@ -76,7 +79,8 @@ PROVENANCE = {"date": "2026-01-01", "commit": "0" * 40, "command": "c", "machine
 def records_of(setting="synthetic", shares=None, heads=None):
     """All records of a setting as the tools write them."""
     found, pairs, single = {}, [], {}
-    for study in ("table1", "table3", "table4", "table5"):
+    methods = "table2" if setting.startswith("mosei") else "table1"
+    for study in (methods, "table3", "table4", "table5"):
         record, runs = made(study, setting, shares or {}, heads)
         found[f"study_{study}_{setting}"] = record | {"provenance": PROVENANCE}
         if study in ablation_pairs.PAIRS:
@@ -299,9 +303,25 @@ def test_unaligned_data_count_for_the_unaligned_claim_only():
     assert verdict("DMD beats the other methods on unaligned clips", records) == "holds"
     (found,) = claim("DMD beats the other methods on unaligned clips").test(records)
     assert set(found.missing) == {
-        measures.NAMES[x] for x in measures.MOSI_UNALIGNED
+        measures.NAMES[x] for x in paper.MOSI_UNALIGNED
         if x != "dmd" and METHODS[x].aligned_only
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["mosei", "mosei_unaligned"])
+def test_records_of_the_second_dataset_count_for_its_claim_only(setting):
+    title, other = "DMD beats the other methods on CMU-MOSEI", "A GD-Unit improves MulT"
+    records = records_of(setting, {"dmd": GOOD, "mult_gd": BAD})
+    assert [verdict(x, records) for x in (title, other)] == ["holds", "untested"]
+    assert verdict(title, records_of(setting, {"pmr": GOOD})).endswith("(the other way)")
+    assert verdict("DMD beats the other methods on aligned clips", records) == "untested"
+
+
+def test_bert_features_count_on_the_published_files_only():
+    title = "DMD beats MISA and FDMER with BERT features"
+    assert verdict(title, records_of("mosi", {"misa": GOOD})).endswith("(the other way)")
+    assert verdict(title, records_of("mosei", {"dmd": GOOD})) == "holds"
+    assert verdict(title, records_of("synthetic")) == "untested"
 
 
 def test_two_data_that_disagree_are_mixed():
@@ -395,7 +415,7 @@ def test_a_claim_without_its_record_is_untested(committed):
 
 
 def test_all_claims_that_can_be_tested_are_tested_by_full_records(committed):
-    everything = committed | records_of() | records_of("unaligned")
+    everything = committed | records_of() | records_of("unaligned") | records_of("mosei")
     untested = {c.title for c in CLAIMS if not c.test(everything)}
     assert untested == {c.title for c in CLAIMS if c.test is measures.not_tested}
 
@@ -412,20 +432,28 @@ def test_a_row_that_failed_is_named():
 
 # What the paper reports
 
+BLOCKS = ("", "_BERT", "_UNALIGNED")
+
 
 def test_the_papers_numbers_agree_with_each_other():
-    for numbers, std in zip(measures.ALONE["FD"], measures.STD, strict=True):
+    for numbers, std in zip(paper.ALONE["FD"], paper.STD, strict=True):
         assert np.std(numbers) == pytest.approx(std, abs=0.06)
-    assert measures.TABLE5["mult"] == measures.MOSI_UNALIGNED["mult"]
-    assert measures.TABLE5["dmd"] == measures.MOSI_UNALIGNED["dmd"] == measures.TABLE3["dmd"]
-    for block in (measures.MOSI, measures.MOSI_BERT, measures.MOSI_UNALIGNED, measures.MOSEI):
-        assert min(measures.gains(block).values()) > 0 and "dmd" not in measures.gains(block)
+    assert paper.TABLE5["mult"] == paper.MOSI_UNALIGNED["mult"]
+    assert paper.TABLE5["dmd"] == paper.MOSI_UNALIGNED["dmd"] == paper.TABLE3["dmd"]
+    blocks = [getattr(paper, x + y) for x in ("MOSI", "MOSEI") for y in BLOCKS]
+    for block in blocks:
+        assert min(paper.gains(block).values()) > 0 and "dmd" not in paper.gains(block)
 
 
 def test_reported_gains_are_positive_in_every_comparison(committed, alike):
     for c in CLAIMS:
         for finding in c.test(committed | alike):
             assert all(x.reported is None or x.reported > 0 for x in finding.comparisons), c.title
+
+
+def test_settings_are_those_of_the_studies():
+    assert set(measures.DATA) == set(studies.SCALES["study"].settings)
+    assert {*measures.ALIGNED, *measures.UNALIGNED} < set(measures.DATA)
 
 
 # The page
@@ -481,6 +509,8 @@ def test_commands_name_what_exists():
             assert (ROOT / tool).is_file(), c.command
         for name in re.findall(r"dmd study (\w+)", c.command):
             assert name in studies.STUDIES, c.command
+        for names in re.findall(r"--settings ([\w ]+)", c.command):
+            assert all(name in studies.SCALES["study"].settings for name in names.split())
 
 
 def test_tables_are_narrow(committed):

@@ -42,7 +42,7 @@ CHANCE = 0.025  # of an interval that lies wholly on one given side, where there
 
 def number(x: float) -> str:
     """A gain with its sign, one decimal."""
-    return f"{x:+.1f}".replace("-", "−")
+    return "0.0" if abs(x) < 0.05 else f"{x:+.1f}".replace("-", "−")
 
 
 def plural(n: float, noun: str) -> str:
