@@ -1,7 +1,7 @@
 """How each claim of the paper is tested: functions from the records to what was found.
 
-A test returns what it found on each kind of data, and nothing for data without a record. `claims.py`
-says which claim takes which test; `paper.py` has the numbers that the paper reports.
+A test returns what it found on each kind of data, and nothing for data without a record.
+`claims.py` says which claim takes which test; `paper.py` has the numbers that the paper reports.
 """
 
 from collections.abc import Callable, Mapping, Sequence
