@@ -151,7 +151,8 @@ def summary_row(claim: Claim, findings: Sequence[Finding]) -> list[str]:
     gain = "; ".join(map(number, means))
     if len(means) > 3:
         gain = f"{number(min(means))} to {number(max(means))}"
-    return [link(claim), claim.place, str(overall([f.verdict for f in findings])), gain or "none"]
+    verdict = str(overall([f.verdict for f in findings]))
+    return [f"{link(claim)} ({claim.place})", verdict, gain or "none"]
 
 
 def distillation(found: Sequence[tuple[Claim, Sequence[Finding]]]) -> str:
@@ -194,7 +195,7 @@ def generated(records: Records) -> str:
     """The part of the page that is computed."""
     found = {claim.title: claim.test(records) for claim in CLAIMS}
     verdicts = [overall([f.verdict for f in findings]) for findings in found.values()]
-    head = ["Claim", "In the paper", "Verdict", "Gain"]
+    head = ["Claim (place in the paper)", "Verdict", "Gain"]
     texts = [
         "## All claims",
         f"{plural(len(CLAIMS), 'claim')}: {tally(verdicts)}. The last column has the gain, in "
