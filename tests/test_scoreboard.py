@@ -556,5 +556,5 @@ def test_the_paragraph_on_distillation_counts_graph_claims_only():
     found = [claim_of(True, (-1, 1), (-1, 3), (0.5, 1), (-2, -1)), claim_of(False, (5, 6))]
     text = scoreboard.distillation(found)
     assert text.startswith("4 comparisons") and "**2 of 4 intervals contain zero" in text
-    assert "1 lie above zero and 1 below" in text and "3 exclude one as large" in text
+    assert "Above zero: 1; below: 1;" in text and "3 exclude one as large" in text
     assert "run from −1.5 to +1.0 points" in text and "smaller than 0.2 to 2.0 points" in text

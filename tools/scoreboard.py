@@ -171,7 +171,7 @@ def distillation(found: Sequence[tuple[Claim, Sequence[Finding]]]) -> str:
     text = (
         f"{plural(n, 'comparison')} on this page add a distillation graph and nothing else. "
         f"**{n - above - below} of {n} intervals contain zero: there the gain lies within the "
-        f"noise.** {above} lie above zero and {below} below; were there no effect at all, about "
+        f"noise.** Above zero: {above}; below: {below}; were there no effect at all, about "
         f"{CHANCE * n:.1f} each would by chance. The mean gains run from "
         f"{number(min(c.mean for c in comparisons))} to "
         f"{number(max(c.mean for c in comparisons))} points. Of the {len(numbered)} for which the "
