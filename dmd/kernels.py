@@ -173,11 +173,13 @@ def _threshold(share: float) -> tuple[int, float]:
 def _kept(like: Tensor, threshold: int, generator: torch.Generator | None = None) -> Tensor:
     """1 where a random byte is not below the threshold, else 0, in the shape of a tensor.
 
-    Eight bytes at a draw, since draws take time; numbers, since to multiply is faster than to fill.
+    Eight bytes at a draw, since draws take time; numbers, since to multiply is faster than to fill,
+    and compared straight into their place, which is faster than by way of booleans.
     """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
     words.random_(-(2**63), 2**63 - 1, generator=generator)
-    return (words.view(torch.uint8)[: like.numel()].view(like.shape) >= threshold).to(like.dtype)
+    drawn = words.view(torch.uint8)[: like.numel()].view(like.shape)
+    return torch.ge(drawn, threshold, out=torch.empty_like(drawn, dtype=like.dtype))
 
 
 def drop(x: Tensor, share: float) -> Tensor:
