@@ -73,11 +73,9 @@ class Batch:
             raise ValueError(f"label: expected shape ({len(self)},), got {tuple(self.label.shape)}")
         if self.ids is not None and len(self.ids) != len(self):
             raise ValueError(f"ids: expected {len(self)} names, got {len(self.ids)}")
-        if self.padded is None:
-            full = self.lengths.new_tensor([x.shape[1] for x in self.features])
-            self.padded = not self.lengths.is_cpu or not torch.equal(
-                self.lengths, full.expand_as(self.lengths)
-            )
+        if self.padded is None:  # elsewhere than on the processor an answer would take a wait
+            full = torch.tensor([x.shape[1] for x in self.features])
+            self.padded = not self.lengths.is_cpu or bool((self.lengths != full).any())
         if self.lengths.is_cpu:  # elsewhere the comparison would wait for the device
             for m, name in enumerate(MODALITIES):
                 steps = self.features[m].shape[1]

@@ -154,13 +154,14 @@ def compare(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
         report(f"{name}: memory, operations")
         memory = alone(case, 2)[1]
         step = steps[name] = case.step()
-        step()
+        first = seconds(step, device)
         rows[name] = {
             "parameters": sum(x.numel() for x in DMD(case.model).parameters()),
             "flops": step_flops(case.model, case.train.batch_size),
             "flops_counted": counted_flops(step),
             "operations": operations(step),
             "memory_bytes": memory,
+            "first_seconds": first,
         }
         step()
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -270,6 +271,7 @@ COLUMNS = {  # title: key, unit, format
     "GFLOP": ("flops", 1e9, ".2f"),
     "counted": ("flops_counted", 1e9, ".2f"),
     "operations": ("operations", 1, ",.0f"),
+    "first": ("first_seconds", 1e-3, ",.0f"),
     "ms": ("seconds", 1e-3, ".1f"),
     "spread": ("spread_seconds", 1e-3, ".1f"),
     "MB": ("memory_bytes", 1e6, ",.0f"),

@@ -41,7 +41,8 @@ def capture(step: Step, config: TrainConfig, device: torch.device) -> "CapturedS
 
 
 class CapturedStep:
-    """A step as a CUDA graph, for batches that all have the shapes of the first one.
+    """A step as a CUDA graph, for batches that all have the shapes of the first one, and padding
+    where it has some.
 
     step: forward, backward and update for a batch, without looking at any result; returns scalars
     by name, which later calls overwrite. Batches of another shape run as they are.
@@ -59,7 +60,7 @@ class CapturedStep:
         """Run the step on a batch (on the GPU)."""
         if self.place is None:
             self.place = batch
-        if shapes(batch) != shapes(self.place):
+        if shapes(batch) != shapes(self.place) or batch.padded != self.place.padded:
             return self.step(batch)
         if self.graph is None:
             self.calls += 1

@@ -33,12 +33,14 @@ def random_clips(config: ModelConfig, count: int, seed: int = 0) -> Batch:
     return Batch(language, visual, acoustic, label=label)
 
 
-def package_step(config: ModelConfig, train: TrainConfig) -> Step:
-    """A step as `dmd.Trainer` does it, without accumulation."""
+def package_step(config: ModelConfig, train: TrainConfig, compiled: bool = False) -> Step:
+    """A step as `dmd.Trainer` does it, without accumulation; its model compiled where asked for."""
     device = find_device(train.device)
     seed_everything(train.seed)
     model = DMD(config).to(device).train()
     flat = flatten(model)
+    if compiled:
+        model.compile()
     optimiser = make_optimiser(flat, train)
     clips = random_clips(config, train.batch_size).to(device)
     terms = partial(loss_terms, model, train)
@@ -58,6 +60,11 @@ def captured_step(config: ModelConfig, train: TrainConfig) -> Step:
 def bf16_step(config: ModelConfig, train: TrainConfig) -> Step:
     """The package's step in mixed precision."""
     return package_step(config, train.replace(precision="bf16"))
+
+
+def compiled_step(config: ModelConfig, train: TrainConfig) -> Step:
+    """The package's step with the model passed through `torch.compile`: a minute for the first."""
+    return package_step(config, train, compiled=True)
 
 
 def plain_step(config: ModelConfig, train: TrainConfig) -> Step:
@@ -89,6 +96,7 @@ VARIANTS: dict[str, Callable[[ModelConfig, TrainConfig], Step]] = {
     "plain": plain_step,
     "bf16": bf16_step,
     "captured": captured_step,
+    "compiled": compiled_step,
 }
 
 
@@ -125,7 +133,8 @@ def make_cases(
     }
     found = find_device(device)
     obstacle = fast.obstacle(TrainConfig(), found)
-    usual = [name for name in VARIANTS if name != "captured" or obstacle is None]
+    unusual = {"compiled"} if obstacle is None else {"compiled", "captured"}  # compiling takes long
+    usual = [name for name in VARIANTS if name not in unusual]
     cases = {}
     for name in variants or dict.fromkeys([preset, "released", *usual]):
         if name not in {*presets, *VARIANTS}:

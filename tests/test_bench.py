@@ -373,7 +373,7 @@ def test_the_table_is_printed_and_progress_is_not(words, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert "clips/s" in out and "round" not in out
     assert "round 2/2" in error
-    assert [line.split()[7] for line in out.splitlines()[-2:]] == ["-", "-"]  # memory: unknown
+    assert [line.split()[8] for line in out.splitlines()[-2:]] == ["-", "-"]  # memory: unknown
 
 
 def test_the_limits_of_the_machine_are_plausible():
@@ -412,3 +412,15 @@ def test_the_step_is_a_tensor_and_its_clips_are_seeded():
     assert torch.equal(one.visual, same.visual) and torch.equal(one.label, same.label)
     assert not torch.equal(one.visual, other.visual)
     assert isinstance(case("paper", SMALL).step()(), Tensor)
+
+
+def test_compiling_is_asked_for_by_name_and_only_then_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(DMD, "compile", lambda model: done.append(model))
+    usual = steps.make_cases("tiny", device="cpu")
+    assert "compiled" not in usual
+    usual["tiny"].step()
+    assert not done
+    loss = steps.make_cases("tiny", device="cpu", variants=["compiled"])["compiled"].step()
+    assert len(done) == 1
+    assert torch.isfinite(loss())
