@@ -245,6 +245,7 @@ def run(
     overrides: options of ModelConfig; rounds: steps that are timed, of each variant; scaling: also
     `preset` with 1 to 1,024 clips, and with sequences of 50 to 1,000 steps.
     """
+    began = time.perf_counter()
     cases = make_cases(preset, overrides, batch_size, device, variants)
     own = make_cases(preset, overrides, batch_size, device, [preset])[preset]
     result = {
@@ -263,6 +264,7 @@ def run(
         report("steps of the sequences")
         steps = {n: replace(own, model=own.model.replace(lengths=(n, n, n))) for n in LENGTHS}
         result["scaling"]["length"] = series(steps)
+    result["provenance"]["seconds"] = round(time.perf_counter() - began, 1)
     return result
 
 

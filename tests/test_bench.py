@@ -349,6 +349,7 @@ def test_json_has_everything(words, monkeypatch, capsys):
     assert (found["preset"], found["batch_size"], found["device"]) == ("tiny", 3, "cpu")
     assert found["model_config"]["lengths"] == [5, 4, 3]
     assert found["provenance"]["torch"] == torch.__version__
+    assert found["provenance"]["seconds"] > 0
     assert found["machine"]["matmul_flops"] == 1e9
     weights = sum(x.numel() for x in DMD(ModelConfig.from_dict(found["model_config"])).parameters())
     for row in found["variants"].values():

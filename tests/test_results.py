@@ -15,7 +15,7 @@ import options_study
 import pytest
 import real_run
 
-from dmd import data, studies
+from dmd import bench, data, flops, studies
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import mosi_utterances
 from dmd.data.synthetic import SIZES
@@ -334,3 +334,42 @@ def test_a_study_has_the_rows_of_its_table_and_the_means_of_its_seeds(path):
                 gap, base = row["difference"][name], found["rows"][0][name]["mean"]
                 assert gap["mean"] == pytest.approx(row[name]["mean"] - base, abs=1e-6)
                 assert gap["low"] <= gap["mean"] <= gap["high"]
+
+
+# The bench
+
+BENCHES = sorted(RESULTS.glob("bench*.json"))
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_a_bench_is_of_the_paper_model_and_its_ratios_are_those_of_its_times(path):
+    found = read(path)
+    config = ModelConfig.from_dict(found["model_config"])
+    unaligned = path.stem == "bench_unaligned"
+    assert config == ModelConfig.preset(
+        "paper", widths=(300, 20, 5), lengths=(50, 500, 375) if unaligned else (50, 50, 50)
+    )
+    assert found["batch_size"] == 16 and found["rounds"] >= 5
+    assert found["variants"].keys() >= {"paper", "released"}
+    for row in found["variants"].values():
+        floor = row["flops"] / found["machine"]["matmul_flops"]
+        assert row["floor_ratio"] == pytest.approx(row["seconds"] / floor)
+        assert row["clips_per_second"] == pytest.approx(16 / row["seconds"])
+    assert found["variants"]["paper"]["operations"] <= 8_000
+    assert found["variants"]["paper"]["flops"] == flops.step_flops(config, 16)
+
+
+def test_the_bench_by_size_has_the_exponents_of_its_points():
+    found = read(RESULTS / "bench.json")
+    assert found["variants"].keys() >= {"plain", "bf16", "compiled"}
+    for name, sizes in (("clips", bench.BATCHES), ("length", bench.LENGTHS)):
+        series = found["scaling"][name]
+        points = series["points"]
+        assert [p["size"] for p in points] == list(sizes[: len(points)])
+        assert len(points) == len(sizes) or series["stopped"]
+        times = [p["seconds"] for p in points]
+        fitted = np.polyfit(np.log(sizes[: len(points)]), np.log(times), 1)[0]
+        assert series["exponent"] == pytest.approx(fitted)
+    # a clip gets cheaper in company
+    rates = [p["clips_per_second"] for p in found["scaling"]["clips"]["points"]]
+    assert max(rates) > 1.5 * rates[0]
