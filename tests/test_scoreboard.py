@@ -4,6 +4,7 @@ Records are made here by the tools that make the real ones, from predictions who
 chosen, so that what has to come out is known.
 """
 
+import ast
 import copy
 import math
 import re
@@ -558,3 +559,21 @@ def test_the_paragraph_on_distillation_counts_graph_claims_only():
     assert text.startswith("4 comparisons") and "**2 of 4 intervals contain zero" in text
     assert "Above zero: 1; below: 1;" in text and "3 exclude one as large" in text
     assert "run from −1.5 to +1.0 points" in text and "smaller than 0.2 to 2.0 points" in text
+
+
+def test_chapter_13_reports_the_numbers_of_the_scoreboard():
+    path = ROOT / "book" / "13_against_other_methods.md"
+    cells = [c.text for c in rules.Chapter(path.read_text(encoding="utf-8")).code]
+    (cell,) = [c for c in cells if "MOSEI = {" in c]
+    told = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(cell).body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("MOSI", "APART", "MOSEI", "BERT")
+    }
+    for name, plain, bert, kind in (
+        ("MOSI", paper.MOSI, paper.MOSI_BERT, "aligned"),
+        ("MOSEI", paper.MOSEI, paper.MOSEI_BERT, "larger"),
+    ):
+        assert told[name] == plain | {k: x for k, x in bert.items() if k != "dmd"}
+        assert told["BERT"][kind] == bert["dmd"]
+    assert told["APART"] == paper.MOSI_UNALIGNED

@@ -35,7 +35,7 @@ TABLE = (
 TABLE1 = "python -m dmd study table1 --settings synthetic unaligned mosi_utterances"
 TABLE3, TABLE4, TABLE5 = (TABLE.format(name) for name in ("table3", "table4", "table5"))
 OBJECTIVE = "python tools/objective_study.py run"
-OTHERS = "11_metrics_honestly.ipynb#tables-1-and-2"
+OTHERS = "13_against_other_methods.ipynb#tables-1-and-2-with-intervals"
 PARTS, EACH, ON_MULT = (
     f"12_ablations.ipynb#{anchor}"
     for anchor in (
