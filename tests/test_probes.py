@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dmd
-from dmd.probes import explained, leakage, linear_probe, pooled_parts, r_squared
+from dmd.probes import PENALTIES, explained, leakage, linear_probe, pooled_parts, r_squared
 
 
 def randn(*shape, seed=0):
@@ -46,7 +46,19 @@ def test_the_probe_is_scored_on_clips_that_it_was_not_fitted_to():
 
 
 def test_the_penalty_is_chosen_where_the_probe_is_not_scored():
-    """Noise that only the test split has can't move the choice, and a negative score counts 0."""
+    """The test split's factors are smaller: a stronger penalty would suit it, and isn't taken."""
+    x = randn(600, 5)
+    y = x[:, :1] * torch.cat([torch.ones(400, 1), torch.full((200, 1), 0.8)])
+    truth = y[400:]
+    scores = [
+        float(r_squared(linear_probe(x[:300], y[:300], penalty)(x[400:]), truth))
+        for penalty in PENALTIES
+    ]
+    assert scores[0] < max(scores) - 0.01
+    assert explained(*splits_of(x, y)) == pytest.approx(scores[0])
+
+
+def test_a_score_below_zero_counts_as_zero():
     x, y = randn(600, 5), randn(600, 1, seed=1)
     y[:400] = x[:400, :1]
     y[400:] = -x[400:, :1]
