@@ -159,8 +159,8 @@ def by_ray(cells: Sequence[Cell], address: str) -> Iterable[tuple[Cell, dict[str
         import ray
     except ImportError as error:
         raise ValueError("--ray needs the package ray: pip install ray") from error
-    where = {} if address == "local" else {"address": address}
-    ray.init(ignore_reinit_error=True, log_to_driver=False, **where)
+    where = None if address == "local" else address
+    ray.init(where, ignore_reinit_error=True, log_to_driver=False)
     gpus = 0.25 if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus)(alone)
     waiting = {task.remote(cell): cell for cell in cells}

@@ -107,7 +107,7 @@ GROUPS: dict[str, list[Claim]] = {
                 ),
             ),
             TABLE1,
-            "PMR, MICA and FDMER have no public code; ours follow the papers.",
+            "PMR, MICA and FDMER have no public code; ours are partly inferred.",
         ),
         Claim(
             "Graph-MFN falls far behind",
