@@ -60,6 +60,8 @@ MATCHED: dict[str, dict[str, Any]] = {
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "matched": MATCHED,
     "own": {"ef_lstm": {}, "lmf": {}, "misa": {}},
+    # matched, but with the weight decay of `own`
+    "decay": {row: {**MATCHED[row], "weight_decay": 0.005} for row in ("ef_lstm", "lmf")},
 }
 OURS: dict[str, dict[str, dict[str, Any]]] = {"ours": {row: {} for row in ROWS}}
 REPORTED = {
