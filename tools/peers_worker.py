@@ -12,8 +12,7 @@ MMSA's own, called where they are. Around them:
   (MMSA's own criterion is a mean over batches, and for MISA a squared error.)
 - `ReduceLROnPlateau` no longer takes `verbose`, which MulT's trainer passes: it is dropped.
 - MISA takes language from BERT only. Another module takes BERT's place: it looks the clip up and
-  returns the language features of the file as they are, or what an LSTM makes of them; the map
-  that follows is as wide as these.
+  returns the language features of the file; the map that follows is as wide as these.
 - Rates, batch size, epochs and seed are the cell's, and data are loaded without worker processes.
 """
 
@@ -47,30 +46,16 @@ class Enough(Exception):
 class GivenFeatures(nn.Module):
     """In the place of BERT: the language features of clips that are named by their numbers.
 
-    table: (N, T, D) features of all clips. hidden: of an LSTM that reads them in both directions;
-    0 for none.
+    table: (N, T, D) features of all clips.
     """
 
-    def __init__(self, table: Tensor, hidden: int) -> None:
+    def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table, persistent=False)
-        self.width = 2 * hidden or table.shape[2]
-        self.lstm = nn.LSTM(table.shape[2], hidden, bidirectional=True, batch_first=True) \
-            if hidden else None  # fmt: skip
 
     def forward(self, text: Tensor) -> Tensor:
-        """(B, 3, T) numbers of clips, mask, zeros -> (B, T, width)."""
-        x = self.table[text[:, 0, 0].long()]
-        if self.lstm is None:
-            return x
-        lengths = text[:, 1].sum(dim=1).long()
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, lengths, batch_first=True, enforce_sorted=False
-        )
-        states, _ = self.lstm(packed)
-        return nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])[
-            0
-        ]
+        """(B, 3, T), numbers of clips in the first row -> (B, T, D)."""
+        return self.table[text[:, 0, 0].long()]
 
 
 def number_clips(loaders: dict[str, Any], path: str) -> Tensor:
@@ -95,15 +80,10 @@ def build(args: Any, cell: dict[str, Any], loaders: dict[str, Any]) -> nn.Module
     if args["model_name"] != "misa":
         return AMIO(args)
     table = number_clips(loaders, cell["data"])
-    encoders: list[GivenFeatures] = []
-
-    def encoder(**_: Any) -> GivenFeatures:
-        encoders.append(GivenFeatures(table, cell.get("language_lstm", 0)))
-        return encoders[-1]
-
-    sys.modules["MMSA.models.singleTask.MISA"].BertTextEncoder = encoder  # type: ignore[attr-defined]
+    module = sys.modules["MMSA.models.singleTask.MISA"]
+    module.BertTextEncoder = lambda **_: GivenFeatures(table)  # type: ignore[attr-defined]
     model = AMIO(args)
-    model.Model.project_t.project_t = nn.Linear(encoders[0].width, args["hidden_size"])
+    model.Model.project_t.project_t = nn.Linear(table.shape[2], args["hidden_size"])
     return model
 
 
