@@ -12,11 +12,12 @@ import full_run
 import numpy as np
 import objective_study
 import options_study
+import peers
 import pytest
 import real_run
 
-from dmd import bench, data, flops, studies
-from dmd.baselines import METHODS
+from dmd import bench, data, flops, studies, tables
+from dmd.baselines import METHODS, build
 from dmd.config import LossConfig, ModelConfig, TrainConfig
 from dmd.data import mosi_utterances
 from dmd.data.synthetic import SIZES
@@ -379,3 +380,91 @@ def test_the_bench_by_size_has_the_exponents_of_its_points():
     # a clip gets cheaper in company
     rates = [p["clips_per_second"] for p in found["scaling"]["clips"]["points"]]
     assert max(rates) > 1.5 * rates[0]
+
+
+# The same methods in another package
+
+PEERS = RESULTS / peers.RECORD
+
+
+def check_peers(found):
+    """Every side of every row, whole, and consistent in itself."""
+    sides = {**peers.OURS, **peers.PEERS}
+    kinds = [(row, side) for row in peers.ROWS for side in sides if row in sides[side]]
+    assert [(x["row"], x["side"]) for x in found["rows"]] == kinds
+    setup = found["configuration"]
+    assert setup["sides"] == json.loads(json.dumps(sides))
+    assert setup["train"] == peers.SCALE.train and setup["learning_rates"] == [*peers.SCALE.grid]
+    assert setup["ours"] == {row: peers.SCALE.sizes[row] for row in peers.ROWS}
+    name, options = peers.SCALE.settings[peers.SETTING]
+    assert setup["data"] == {"name": name, **options}
+    ours = {x["row"]: x for x in found["rows"] if x["side"] == "ours"}
+    for line in found["rows"]:
+        assert line["seeds"] == setup["seeds"] == list(peers.SEEDS)
+        assert line["tuning"].keys() == {f"{rate:g}" for rate in setup["learning_rates"]}
+        assert f"{line['learning_rate']:g}" == min(line["tuning"], key=line["tuning"].get)
+        assert re.fullmatch("[0-9a-f]{40}", line["commit"])
+        assert 0 < line["cpu_seconds"] < 2 * line["seconds"]
+        assert len(line["test"]) == len(line["seeds"])
+        for name in tables.METRICS:
+            values = [scores[name] for scores in line["test"]]
+            if None in values:  # a model that says the same of every clip has no correlation
+                assert name == "corr" and line["side"] in ("own", "deep_decay")
+                assert line[name]["mean"] is None
+                continue
+            assert line[name]["mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
+            spread = statistics.stdev(values)
+            assert line[name]["standard_deviation"] == pytest.approx(spread, abs=1e-12)
+        assert len({scores["mae"] for scores in line["test"]}) == 5  # the seed does something
+        base = ours[line["row"]]
+        if line["side"] in peers.OURS:
+            assert line["source"] == "dmd" and "reported" not in line
+        else:
+            assert line["source"] == f"MMSA {found['provenance']['peers']['MMSA']}"
+            assert line["reported"].keys() == set(tables.METRICS)
+            # MMSA rounds to four digits. Predictions are kept with five, of which those of a model
+            # that says nearly the same of every clip leave a coarser correlation, or none.
+            for name, gap in line["reported"].items():
+                if gap is None:
+                    assert line[name]["mean"] is None
+                    continue
+                assert gap < (2e-4 if name == "corr" else 6e-5)
+        assert ("difference" in line) == (line is not base)
+        for name, gap in line.get("difference", {}).items():
+            assert gap["mean"] == pytest.approx(line[name]["mean"] - base[name]["mean"], abs=1e-6)
+            assert gap["low"] < gap["mean"] < gap["high"]
+
+
+def test_the_record_of_the_peers_is_whole_and_consistent():
+    check_peers(read(PEERS))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rows: rows.pop(),
+        lambda rows: rows.reverse(),
+        lambda rows: rows[0]["test"].pop(),
+        lambda rows: rows[1]["test"][2].update(acc7=0.5),
+        lambda rows: rows[1].update(learning_rate=0.02),
+        lambda rows: rows[1].update(source="dmd"),
+        lambda rows: rows[1]["reported"].update(mae=0.01),
+        lambda rows: rows[1]["difference"]["mae"].update(mean=0.0),
+        lambda rows: rows[1]["difference"]["acc2_non0"].update(high=-1.0),
+        lambda rows: rows[0].update(commit="0" * 40 + "-dirty"),
+    ],
+)
+def test_a_spoilt_record_of_the_peers_is_refused(spoil):
+    found = read(PEERS)
+    spoil(found["rows"])
+    with pytest.raises(AssertionError):
+        check_peers(found)
+
+
+def test_our_side_of_the_peers_has_the_weights_that_the_package_builds():
+    splits = data.load("synthetic", size="tiny", widths=[32, 12, 8])
+    for line in read(PEERS)["rows"]:
+        if line["side"] in peers.OURS:
+            sizes = peers.SCALE.sizes[line["row"]]
+            model = build(line["row"], splits.widths, (12, 12, 12), **sizes)
+            assert line["parameters"] == sum(x.numel() for x in model.parameters())
