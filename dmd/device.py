@@ -35,5 +35,5 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
         if mallopt is not None:
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that it takes
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: at no size
+            mallopt(-4, 0)  # M_MMAP_MAX: nothing has a mapping of its own, given back when freed

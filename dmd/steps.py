@@ -40,7 +40,7 @@ def package_step(config: ModelConfig, train: TrainConfig, compiled: bool = False
     model = DMD(config).to(device).train()
     flat = flatten(model)
     if compiled:
-        model.compile()
+        model.compile(options={"force_disable_caches": True})  # else only the first run waits
     optimiser = make_optimiser(flat, train)
     clips = random_clips(config, train.batch_size).to(device)
     terms = partial(loss_terms, model, train)
