@@ -3,6 +3,10 @@
 A step gathers nothing and saves nothing: its clips, random numbers, lie on the device.
 """
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +44,10 @@ def package_step(config: ModelConfig, train: TrainConfig, compiled: bool = False
     model = DMD(config).to(device).train()
     flat = flatten(model)
     if compiled:
-        model.compile(options={"force_disable_caches": True})  # else only the first run waits
+        folder = tempfile.mkdtemp()  # what lies compiled elsewhere would not be compiled again
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        model.compile()
     optimiser = make_optimiser(flat, train)
     clips = random_clips(config, train.batch_size).to(device)
     terms = partial(loss_terms, model, train)
