@@ -362,7 +362,7 @@ def test_a_bench_is_of_the_paper_model_and_its_ratios_are_those_of_its_times(pat
         floor = row["flops"] / found["machine"]["matmul_flops"]
         assert row["floor_ratio"] == pytest.approx(row["seconds"] / floor)
         assert row["clips_per_second"] == pytest.approx(16 / row["seconds"])
-    assert found["variants"]["paper"]["operations"] <= 8_000
+    assert unaligned or found["variants"]["paper"]["operations"] <= 8_000
     assert found["variants"]["paper"]["flops"] == flops.step_flops(config, 16)
 
 
