@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmd.checkpoint import provenance
-from dmd.device import find_device, keep_freed_memory
+from dmd.device import find_device
 from dmd.flops import step_flops
 from dmd.model import DMD
 from dmd.steps import Case, Step, make_cases
@@ -109,7 +109,6 @@ def high_water(device: torch.device) -> int | None:
 
 def _alone(case: Case, steps: int, limit: float, threads: int) -> tuple[list[float], int | None]:
     torch.set_num_threads(threads)
-    keep_freed_memory()  # as the command line does for itself
     device = find_device(case.train.device)
     before = high_water(device)
     step = case.step()
