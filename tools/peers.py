@@ -37,7 +37,7 @@ SETTING, SCALE = "synthetic", studies.SCALES["study"]
 SEEDS = range(5)
 ROWS = ("ef_lstm", "tfn", "lmf", "mult", "misa")
 # MMSA's options that give its methods our sizes, rates of dropout, weights of losses, and one step
-# of Adam a batch. What stays different is in the code: see the record's `probes`.
+# of Adam a batch. What stays different lies in MMSA's code.
 MATCHED: dict[str, dict[str, Any]] = {
     "ef_lstm": {"hidden_dims": 128, "num_layers": 1, "dropout": 0.2, "weight_decay": 0.0},
     # language, acoustic, visual; dropout of acoustic, visual, language, fused
